@@ -1,0 +1,1 @@
+"""Starts, watches and scales everything; the only place that knows Ray."""

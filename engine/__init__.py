@@ -1,0 +1,1 @@
+"""One model replica: takes token ids, gives token ids; knows nothing of networks."""

@@ -1,0 +1,1 @@
+"""Attention backends by name; `auto` picks one for the device."""

@@ -1,0 +1,76 @@
+"""What a user may set about a model, its cache and the engine that runs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelOptions:
+    """Which model is served."""
+
+    path: str
+    """`demo`, a .gguf file, or a Hugging Face directory (config.json, tokenizer.json, *.safetensors)."""
+    name: str | None = None
+    """The name clients use; default: the file's or directory's name."""
+    dtype: DType = "auto"
+    """Type of weights and KV; auto: float32 on a CPU, the checkpoint's own on a GPU."""
+    max_model_len: int | None = None
+    """Most tokens of prompt and answer together; default: what the model was trained for."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("path must name a model: demo, a .gguf file or a Hugging Face directory")
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ValueError(f"max_model_len must be at least 2, got {self.max_model_len}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheOptions:
+    """The paged KV cache of each worker."""
+
+    block_size: int = 16
+    """Tokens a block."""
+    num_blocks: int | None = None
+    """Blocks of a worker; default: as many as fit into memory_mib."""
+    memory_mib: int = 512
+    """Memory for KV on a CPU worker, in MiB, when num_blocks is not given."""
+    prefix_caching: bool = True
+    """Keep finished blocks findable by content, so that equal prefixes are computed once."""
+
+    def __post_init__(self) -> None:
+        if self.block_size not in (8, 16, 32, 64, 128):
+            raise ValueError(f"block_size must be 8, 16, 32, 64 or 128, got {self.block_size}")
+        if self.num_blocks is not None and self.num_blocks < 2:
+            raise ValueError(f"num_blocks must be at least 2, got {self.num_blocks}")
+        if self.memory_mib < 1:
+            raise ValueError(f"memory_mib must be at least 1, got {self.memory_mib}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineOptions:
+    """How one engine computes."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 1
+    """CPU threads an engine process may use for tensor work."""
+    max_step_tokens: int = 512
+    """Most tokens computed in one step: longer prompts are cut into chunks of this size."""
+    max_running: int = 64
+    """Most sequences in one step."""
+    attention: Literal["auto", "sdpa"] = "auto"
+    tensor_parallel: int = 1
+    """Ranks of one worker."""
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "max_step_tokens", "max_running", "tensor_parallel"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_running > self.max_step_tokens:
+            raise ValueError(
+                f"max_running ({self.max_running}) must not exceed max_step_tokens ({self.max_step_tokens}): "
+                "every running sequence needs one token of a step"
+            )

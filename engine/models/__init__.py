@@ -1,0 +1,1 @@
+"""Model families: headers read once (`config`), forward passes written against `layers` and `attention`."""

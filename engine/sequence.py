@@ -1,0 +1,73 @@
+"""A request's body inside an engine: its tokens, its blocks, and how far it has been computed.
+
+Two counters and no phase flag: `num_computed_tokens` chases `num_tokens`. Chunked prefill, prefix
+hits, local prefill, recompute after a loss and decoding are all the same catching up.
+
+States: WAITING -> RUNNING -> FINISHED, with RUNNING -> WAITING on preemption. A sequence whose KV
+is still on its way (decode_pool) is not yet known to the scheduler. The scheduler alone changes them.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from engine.api import FinishReason, GenerateRequest, TokenLogprobs
+
+
+class SequenceStatus(enum.Enum):
+    """Where a sequence is in its life."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request as the scheduler and the runner see it."""
+
+    request: GenerateRequest
+    token_ids: list[int]
+    """Prompt, then everything generated (by earlier attempts too)."""
+    arrival: float
+    """Monotonic seconds of the first arrival; survives preemption."""
+    num_computed_tokens: int = 0
+    """Tokens whose KV lies in this sequence's blocks."""
+    block_ids: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Chained hashes of the full blocks of token_ids."""
+    num_hashed_blocks: int = 0
+    """Blocks already published to the prefix cache."""
+    num_cached_tokens: int = 0
+    status: SequenceStatus = SequenceStatus.WAITING
+    finish_reason: FinishReason | None = None
+    num_preemptions: int = 0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    stop_after_first: bool = False
+    """Prefill for another worker: done as soon as one token has been sampled."""
+
+    @classmethod
+    def from_request(cls, request: GenerateRequest, arrival: float) -> Sequence:
+        """A sequence that has computed nothing yet."""
+        return cls(request=request, token_ids=[*request.prompt_token_ids, *request.resume_from], arrival=arrival)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known so far."""
+        return len(self.token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens the client sent."""
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Tokens generated so far, by earlier attempts too: the offset of the next one."""
+        return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+    @property
+    def num_missing_tokens(self) -> int:
+        """Tokens still to be computed before the next one can be sampled."""
+        return len(self.token_ids) - self.num_computed_tokens

@@ -1,0 +1,149 @@
+from protos import worker_pb2 as _worker_pb2
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class PairHello(_message.Message):
+    __slots__ = ("sender", "receiver", "layout", "attempt", "nonce", "protocol_version", "transport", "digest")
+    SENDER_FIELD_NUMBER: _ClassVar[int]
+    RECEIVER_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    sender: _worker_pb2.WorkerIdentity
+    receiver: _worker_pb2.WorkerIdentity
+    layout: _worker_pb2.Layout
+    attempt: int
+    nonce: bytes
+    protocol_version: int
+    transport: str
+    digest: str
+    def __init__(self, sender: _Optional[_Union[_worker_pb2.WorkerIdentity, _Mapping]] = ..., receiver: _Optional[_Union[_worker_pb2.WorkerIdentity, _Mapping]] = ..., layout: _Optional[_Union[_worker_pb2.Layout, _Mapping]] = ..., attempt: _Optional[int] = ..., nonce: _Optional[bytes] = ..., protocol_version: _Optional[int] = ..., transport: _Optional[str] = ..., digest: _Optional[str] = ...) -> None: ...
+
+class PairChallenge(_message.Message):
+    __slots__ = ("nonce", "mac", "layout")
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    MAC_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    nonce: bytes
+    mac: bytes
+    layout: _worker_pb2.Layout
+    def __init__(self, nonce: _Optional[bytes] = ..., mac: _Optional[bytes] = ..., layout: _Optional[_Union[_worker_pb2.Layout, _Mapping]] = ...) -> None: ...
+
+class PairProof(_message.Message):
+    __slots__ = ("mac",)
+    MAC_FIELD_NUMBER: _ClassVar[int]
+    mac: bytes
+    def __init__(self, mac: _Optional[bytes] = ...) -> None: ...
+
+class PairReady(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class PairRefused(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+
+class StoreSet(_message.Message):
+    __slots__ = ("key", "value")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    value: bytes
+    def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+
+class PieceAnnounced(_message.Message):
+    __slots__ = ("sequence_number", "ticket_id", "first_layer", "num_layers", "first_token", "num_tokens", "num_bytes", "digest", "has_digest")
+    SEQUENCE_NUMBER_FIELD_NUMBER: _ClassVar[int]
+    TICKET_ID_FIELD_NUMBER: _ClassVar[int]
+    FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    HAS_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    sequence_number: int
+    ticket_id: str
+    first_layer: int
+    num_layers: int
+    first_token: int
+    num_tokens: int
+    num_bytes: int
+    digest: int
+    has_digest: bool
+    def __init__(self, sequence_number: _Optional[int] = ..., ticket_id: _Optional[str] = ..., first_layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., first_token: _Optional[int] = ..., num_tokens: _Optional[int] = ..., num_bytes: _Optional[int] = ..., digest: _Optional[int] = ..., has_digest: _Optional[bool] = ...) -> None: ...
+
+class TicketComplete(_message.Message):
+    __slots__ = ("ticket_id", "first")
+    TICKET_ID_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    ticket_id: str
+    first: _worker_pb2.TokenOutput
+    def __init__(self, ticket_id: _Optional[str] = ..., first: _Optional[_Union[_worker_pb2.TokenOutput, _Mapping]] = ...) -> None: ...
+
+class TicketSettled(_message.Message):
+    __slots__ = ("ticket_id", "state", "reason")
+    TICKET_ID_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    ticket_id: str
+    state: str
+    reason: str
+    def __init__(self, ticket_id: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class TicketAbandoned(_message.Message):
+    __slots__ = ("ticket_id", "reason")
+    TICKET_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    ticket_id: str
+    reason: str
+    def __init__(self, ticket_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class Ping(_message.Message):
+    __slots__ = ("count",)
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    def __init__(self, count: _Optional[int] = ...) -> None: ...
+
+class Pong(_message.Message):
+    __slots__ = ("count",)
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    def __init__(self, count: _Optional[int] = ...) -> None: ...
+
+class ControlMessage(_message.Message):
+    __slots__ = ("hello", "challenge", "proof", "ready", "refused", "store_set", "piece", "complete", "settled", "abandoned", "ping", "pong")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    CHALLENGE_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    STORE_SET_FIELD_NUMBER: _ClassVar[int]
+    PIECE_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    SETTLED_FIELD_NUMBER: _ClassVar[int]
+    ABANDONED_FIELD_NUMBER: _ClassVar[int]
+    PING_FIELD_NUMBER: _ClassVar[int]
+    PONG_FIELD_NUMBER: _ClassVar[int]
+    hello: PairHello
+    challenge: PairChallenge
+    proof: PairProof
+    ready: PairReady
+    refused: PairRefused
+    store_set: StoreSet
+    piece: PieceAnnounced
+    complete: TicketComplete
+    settled: TicketSettled
+    abandoned: TicketAbandoned
+    ping: Ping
+    pong: Pong
+    def __init__(self, hello: _Optional[_Union[PairHello, _Mapping]] = ..., challenge: _Optional[_Union[PairChallenge, _Mapping]] = ..., proof: _Optional[_Union[PairProof, _Mapping]] = ..., ready: _Optional[_Union[PairReady, _Mapping]] = ..., refused: _Optional[_Union[PairRefused, _Mapping]] = ..., store_set: _Optional[_Union[StoreSet, _Mapping]] = ..., piece: _Optional[_Union[PieceAnnounced, _Mapping]] = ..., complete: _Optional[_Union[TicketComplete, _Mapping]] = ..., settled: _Optional[_Union[TicketSettled, _Mapping]] = ..., abandoned: _Optional[_Union[TicketAbandoned, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ...) -> None: ...
