@@ -19,7 +19,7 @@ from cluster.answer import Answer
 from cluster.client import Client, ClientError, Endpoint
 from cluster.commands.client_options import client_errors, endpoint_options, sampling_options
 from cluster.commands.streaming import stream_into
-from cluster.commands.waterfall import waterfall
+from cluster.waterfall import waterfall
 from protos.inference_pb2 import Chat, ChatMessage, FinishReason, GenerateRequest, Sampling
 
 _HELP = "/reset forgets the conversation, /system TEXT starts a new one under a system message, /timing on|off, /quit"

@@ -14,7 +14,7 @@ from cluster.answer import Answer
 from cluster.client import Client, Endpoint
 from cluster.commands.client_options import client_errors, endpoint_options, sampling_options, set_field
 from cluster.commands.streaming import stream_into
-from cluster.commands.waterfall import waterfall
+from cluster.waterfall import waterfall
 from protos.inference_pb2 import Chat, ChatMessage, GenerateRequest, Sampling, TokenIds
 
 _EPILOG = """\b
