@@ -66,9 +66,7 @@ class SamplingParams:
 class _Check:
     """Range checks that name the field."""
 
-    def number(
-        self, name: str, value: float, *, low: float, high: float = math.inf, low_open: bool = False
-    ) -> None:
+    def number(self, name: str, value: float, *, low: float, high: float = math.inf, low_open: bool = False) -> None:
         """Raise InvalidRequestError unless low <= value <= high (low < value if low_open)."""
         inside = low < value <= high if low_open else low <= value <= high
         if not inside:  # NaN is never inside

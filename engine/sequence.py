@@ -44,8 +44,13 @@ class Sequence:
     finish_reason: FinishReason | None = None
     num_preemptions: int = 0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    stop_after_first: bool = False
-    """Prefill for another worker: done as soon as one token has been sampled."""
+    owner: str = ""
+    """Who asked (a router's id): outputs go there, and its loss ends the sequence."""
+    prefill_only: bool = False
+    """Prefill for another worker: ends with its first token. Its blocks stay held until whoever
+    sends them calls the scheduler's `release`, and it is never preempted."""
+    first_step_at: float = 0.0
+    """Monotonic seconds when its first step was scheduled; 0: not yet."""
 
     @classmethod
     def from_request(cls, request: GenerateRequest, arrival: float) -> Sequence:

@@ -1,0 +1,308 @@
+"""Joins engine, KV transfer and the two crafts inside an engine process.
+
+The model is loaded once and outlives its fronts. Each front that connects gets a `HostSession`:
+
+    CONNECTED --StartEngine (an epoch)--> SERVING --front gone, or a newer one--> CLOSED
+
+A session owns its transfer node and both crafts; closing it ends every sequence and ticket of its
+epoch, and the blocks are back before the next session starts.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from decode_pool.config import DecodeOptions
+from decode_pool.worker import DecodeWorker
+from engine.batch import OnLayer, StepPlan
+from engine.engine import Engine
+from engine.errors import CapacityError, EngineError, InvalidRequestError
+from engine.ipc import EngineServer, Send
+from engine.scheduler import Emitted
+from kv_transfer.config import TransferConfig
+from kv_transfer.layout import KVLayout
+from kv_transfer.node import TransferNode
+from prefill_pool.worker import PrefillAborted, PrefillWorker
+from protos import worker_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+LOOP_CALL_TIMEOUT_S = 60.0
+"""Bound of a wait for the engine loop to come round between two steps."""
+
+
+class EngineHost:
+    """One rank's engine, ready for a front."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        role: str,
+        model_name: str,
+        max_running: int,
+        decode: DecodeOptions,
+        transfer: TransferConfig,
+        secret: bytes,
+        socket_path: str,
+    ) -> None:
+        self.engine = engine
+        self.role = role
+        self.model_name = model_name
+        self.max_running = max_running
+        self.decode = decode
+        self.transfer = transfer
+        self.secret = secret
+        self._session: HostSession | None = None
+        self._server = EngineServer(socket_path, self._open)
+
+    def start(self) -> None:
+        """Warm the kernels, start the loop, listen for a front."""
+        self.engine.runner.warm_up()
+        self.engine.start()
+        self._server.start()
+
+    def stop(self) -> None:
+        """Hang up on the front, end everything, stop the loop."""
+        self._server.stop()
+        if self._session is not None:
+            self._session.close()
+        self.engine.stop()
+
+    def stats(self) -> pb.WorkerStats:
+        """Counters and gauges of the engine and of the present epoch's transfers."""
+        return self._session.stats() if self._session is not None else engine_stats(self.engine)
+
+    def layout(self) -> KVLayout:
+        """What a peer must agree with before any KV travels."""
+        runner = self.engine.runner
+        return KVLayout(
+            model_hash=self.engine.model_hash,
+            num_layers=runner.config.num_layers,
+            block_size=self.engine.scheduler.block_size,
+            num_kv_heads=runner.config.num_kv_heads,
+            head_dim=runner.config.head_dim,
+            dtype=str(runner.dtype).removeprefix("torch."),
+        )
+
+    def _open(self, send: Send) -> HostSession:
+        self._session = HostSession(self, send)
+        return self._session
+
+
+class HostSession:
+    """One front's epoch with the engine."""
+
+    def __init__(self, host: EngineHost, send: Send) -> None:
+        self._host = host
+        self._engine = host.engine
+        self._send = send
+        self._node: TransferNode | None = None
+        self._prefill: PrefillWorker | None = None
+        self._decode: DecodeWorker | None = None
+        self._outbox: dict[str, list[pb.TokenOutput]] = {}
+        self._in_step = False
+        self._close_lock = threading.Lock()
+
+    def handle(self, command: pb.EngineCommand) -> None:
+        """Take one command; calls that touch sequences run on the engine loop's thread."""
+        kind = command.WhichOneof("command")
+        if kind == "start":
+            self._answer(command.call_id, lambda: pb.EngineReply(description=self._start(command.start)))
+            return
+        if kind == "renew":
+            if self._node is not None and command.renew.router_id:
+                self._node.renew(command.renew.router_id)
+            if command.call_id:
+                self._reply(command.call_id, pb.EngineReply(stats=self.stats()))
+            return
+        self._engine.loop.post(lambda: self._on_loop(command))
+
+    def close(self) -> None:
+        """End everything of this epoch; the blocks are back when this returns."""
+        with self._close_lock:
+            if self._node is None or self._prefill is None or self._decode is None:
+                return
+            prefill, decode, node = self._prefill, self._decode, self._node
+            self._engine.loop.call(lambda: (prefill.close(), decode.close())).result(LOOP_CALL_TIMEOUT_S)
+            node.stop()
+            self._engine.loop.call(self._check_closed).result(LOOP_CALL_TIMEOUT_S)
+            self._node = None
+
+    def stats(self) -> pb.WorkerStats:
+        """Counters and gauges of the engine and of this epoch's transfers."""
+        stats = engine_stats(self._engine)
+        if self._node is not None and self._decode is not None:
+            transfer = self._node.stats()
+            stats.open_tickets = transfer.open_tickets
+            stats.sent_bytes = transfer.sent_bytes
+            stats.received_bytes = transfer.received_bytes
+            stats.digest_mismatches = transfer.digest_mismatches
+            stats.num_reserved = len(self._decode.holders())
+        return stats
+
+    def _start(self, start: pb.StartEngine) -> pb.WorkerDescription:
+        identity, host = start.identity, self._host
+        if self._node is not None:
+            raise EngineError("this front has already started an epoch")
+        node = TransferNode(
+            worker_id=identity.worker_id,
+            epoch=identity.epoch,
+            layout=host.layout(),
+            memory=self._engine.runner.kv_cache,
+            config=host.transfer,
+            secret=host.secret,
+        )
+        node.start()
+        self._prefill = PrefillWorker(self._engine, node)
+        self._decode = DecodeWorker(
+            self._engine,
+            node,
+            host.decode,
+            max_running=host.max_running,
+            name=f"{identity.worker_id}.{identity.epoch}",
+            emit=self._emit,
+        )
+        self._node = node
+        self._engine.loop.call(self._take_loop).result(LOOP_CALL_TIMEOUT_S)
+        config = self._engine.runner.config
+        return pb.WorkerDescription(
+            identity=identity,
+            role=host.role,
+            model_name=host.model_name,
+            layout=host.layout().to_proto(),
+            num_blocks=self._engine.pool.num_blocks,
+            max_model_len=self._engine.max_model_len,
+            max_running=host.max_running,
+            vocab_size=config.vocab_size,
+            architecture=config.architecture,
+        )
+
+    def _take_loop(self) -> None:
+        self._engine.loop.step_hook = self._before_step
+        self._engine.loop.on_step = self._after_step
+
+    def _check_closed(self) -> None:
+        """Every block of the epoch is back, or the engine says which is not."""
+        if self._prefill is not None and self._decode is not None:
+            self._engine.check_integrity([*self._prefill.holders(), *self._decode.holders()])
+
+    # ---- on the engine loop's thread ----
+
+    def _before_step(self, plan: StepPlan) -> OnLayer | None:
+        return self._prefill.step_hook(plan) if self._prefill is not None else None
+
+    def _after_step(self, emitted: list[Emitted]) -> None:
+        assert self._prefill is not None
+        assert self._decode is not None
+        self._in_step = True
+        try:
+            for sequence, output in emitted:
+                (self._prefill if sequence.prefill_only else self._decode).on_output(sequence, output)
+        finally:
+            self._in_step = False
+            self._flush()
+
+    def _emit(self, router_id: str, output: pb.TokenOutput) -> None:
+        self._outbox.setdefault(router_id, []).append(output)
+        if not self._in_step:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._outbox:
+            outputs = [pb.RouterOutputs(router_id=name, outputs=items) for name, items in self._outbox.items()]
+            self._outbox = {}
+            self._send(pb.EngineEvent(step=pb.StepEvent(outputs=outputs, stats=self.stats())))
+
+    def _on_loop(self, command: pb.EngineCommand) -> None:
+        prefill, decode = self._prefill, self._decode
+        if prefill is None or decode is None:
+            self._answer(command.call_id, _not_started)
+            return
+        kind, call_id = command.WhichOneof("command"), command.call_id
+        if kind == "reserve":
+            self._answer(call_id, lambda: pb.EngineReply(reserve=decode.reserve(command.reserve)))
+        elif kind == "prefill":
+            self._start_prefill(prefill, command)
+        elif kind in ("abort_decode", "abort_prefill"):
+            worker, abort = (
+                (decode, command.abort_decode) if kind == "abort_decode" else (prefill, command.abort_prefill)
+            )
+            found = worker.abort(abort.request_id, abort.attempt, abort.reason)
+            self._reply(call_id, pb.EngineReply(abort=pb.AbortReply(found=found)))
+        elif kind == "router_gone":
+            prefill.router_gone(command.router_gone.router_id)
+            decode.router_gone(command.router_gone.router_id)
+        elif kind == "check":
+            self._answer(call_id, self._check)
+
+    def _start_prefill(self, prefill: PrefillWorker, command: pb.EngineCommand) -> None:
+        def answer(result: pb.PrefillReply | Exception) -> None:
+            if isinstance(result, Exception):
+                self._reply(command.call_id, pb.EngineReply(error=error_message(result)))
+            else:
+                self._reply(command.call_id, pb.EngineReply(prefill=result))
+
+        try:
+            prefill.prefill(command.prefill, answer)
+        except Exception as error:
+            answer(error)
+
+    def _check(self) -> pb.EngineReply:
+        assert self._node is not None
+        self._check_closed()
+        self._node.check_integrity()
+        return pb.EngineReply(stats=self.stats())
+
+    # ---- answers ----
+
+    def _answer(self, call_id: int, function: Callable[[], pb.EngineReply]) -> None:
+        try:
+            reply = function()
+        except Exception as error:
+            if not isinstance(error, CapacityError | InvalidRequestError):
+                log.exception("a command of the front failed")
+            reply = pb.EngineReply(error=error_message(error))
+        self._reply(call_id, reply)
+
+    def _reply(self, call_id: int, reply: pb.EngineReply) -> None:
+        if call_id:
+            reply.call_id = call_id
+            self._send(pb.EngineEvent(reply=reply))
+
+
+def _not_started() -> pb.EngineReply:
+    raise EngineError("no epoch has been started")
+
+
+def error_message(error: Exception) -> pb.EngineError:
+    """An exception as the status a router can act on."""
+    match error:
+        case InvalidRequestError():
+            return pb.EngineError(status="INVALID_ARGUMENT", message=f"{error.field}: {error}")
+        case CapacityError():
+            return pb.EngineError(status="RESOURCE_EXHAUSTED", message=str(error), retry_after_s=error.retry_after_s)
+        case PrefillAborted():
+            return pb.EngineError(status="ABORTED", message=str(error))
+        case _:
+            return pb.EngineError(status="INTERNAL", message=f"{type(error).__name__}: {error}")
+
+
+def engine_stats(engine: Engine) -> pb.WorkerStats:
+    """The engine's own counters as a message."""
+    stats = engine.scheduler.stats()
+    return pb.WorkerStats(
+        num_running=stats.num_running,
+        num_waiting=stats.num_waiting,
+        free_blocks=stats.free_blocks,
+        num_blocks=stats.num_blocks,
+        waiting_tokens=stats.waiting_tokens,
+        steps=stats.steps,
+        computed_tokens=stats.computed_tokens,
+        cached_tokens=stats.cached_tokens,
+        preemptions=stats.preemptions,
+        generated_tokens=stats.generated_tokens,
+        findable_blocks=stats.findable_blocks,
+    )

@@ -1,0 +1,52 @@
+"""May a decode worker promise blocks for one more request? Pure arithmetic over blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from engine.errors import CapacityError
+from engine.sequence import Sequence
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Room:
+    """What a worker has when a request knocks."""
+
+    free_blocks: int
+    """Blocks nobody holds."""
+    block_size: int
+    num_admitted: int
+    """Sequences admitted and not yet ended."""
+    max_admitted: int
+    predicted_answer_tokens: int
+
+
+def check_room(room: Room, candidate: Sequence, num_new_blocks: int, admitted: Iterable[Sequence]) -> None:
+    """Raise CapacityError unless the candidate and everyone's predicted growth fit.
+
+    `num_new_blocks` are the free blocks that the candidate's known tokens would use up. A request
+    that comes to an empty worker is always admitted: it fits the pool by `max_model_len`.
+    """
+    if room.num_admitted >= room.max_admitted:
+        raise CapacityError(f"{room.num_admitted} requests are running here, the limit is {room.max_admitted}")
+    if room.num_admitted == 0 and num_new_blocks <= room.free_blocks:
+        return
+    growth = sum(growth_blocks(room, sequence) for sequence in admitted)
+    needed = num_new_blocks + growth_blocks(room, candidate)
+    if needed > room.free_blocks - growth:
+        raise CapacityError(
+            f"{needed} KV blocks needed, {room.free_blocks} are free and {growth} of them promised to running requests"
+        )
+
+
+def growth_blocks(room: Room, sequence: Sequence) -> int:
+    """Blocks a sequence is still expected to take beyond its known tokens."""
+    params = sequence.request.params
+    answer = min(params.max_tokens, max(room.predicted_answer_tokens, sequence.num_generated_tokens))
+    final = sequence.num_prompt_tokens + answer
+    return max(0, _blocks(final, room.block_size) - _blocks(sequence.num_tokens, room.block_size))
+
+
+def _blocks(num_tokens: int, block_size: int) -> int:
+    return -(-num_tokens // block_size)

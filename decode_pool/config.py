@@ -1,0 +1,18 @@
+"""What a user may set about admission to a decode worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeOptions:
+    """How freely a decode worker promises its KV blocks."""
+
+    predicted_answer_tokens: int = 256
+    """Tokens an answer is expected to grow to when its max_tokens is larger: blocks for them are
+    kept in hand on admission. Where the guess is too low, the youngest sequence is preempted."""
+
+    def __post_init__(self) -> None:
+        if self.predicted_answer_tokens < 0:
+            raise ValueError(f"predicted_answer_tokens must not be negative, got {self.predicted_answer_tokens}")

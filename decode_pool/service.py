@@ -1,0 +1,154 @@
+"""The decode craft's gRPC service, in a worker's front process: translates and streams, decides nothing.
+
+An attached router: ATTACHED --stream ends, router silent, or its queue over its cap--> GONE, and the
+engine ends everything it asked for. When the engine's epoch ends, all streams end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+
+from engine.ipc import EngineGoneError
+from engine.link import EngineLink
+from protos import worker_pb2 as pb
+from protos import worker_pb2_grpc
+from protos.status import refuse
+
+log = logging.getLogger(__name__)
+
+STATS_PERIOD_S = 1.0
+"""A router hears at least this often from its worker."""
+ROUTER_SILENCE_S = 10.0
+"""A router that sends no heartbeat for so long is gone."""
+MAX_QUEUED_EVENTS = 10_000
+"""Step messages kept for a router that does not read."""
+CALL_TIMEOUT_S = 30.0
+ABORT_TIMEOUT_S = 5.0
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass(slots=True)
+class _Attached:
+    """One router's stream."""
+
+    router_id: str
+    queue: asyncio.Queue[pb.AttachEvent | None] = field(default_factory=asyncio.Queue)
+    """None ends the stream."""
+
+    def put(self, event: pb.AttachEvent) -> None:
+        """Queue an event, or end the stream of a router that has stopped reading."""
+        if self.queue.qsize() >= MAX_QUEUED_EVENTS:
+            log.error("router %s does not read its stream: detaching it", self.router_id)
+            self.queue = asyncio.Queue()
+            self.queue.put_nowait(None)
+        else:
+            self.queue.put_nowait(event)
+
+
+class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
+    """`pdserve.v1.DecodeWorker` over the worker's engine link."""
+
+    def __init__(self, link: EngineLink) -> None:
+        self.draining = False
+        """Whether new reservations are refused."""
+        self._link = link
+        self._attached: dict[str, _Attached] = {}
+
+    def on_step(self, step: pb.StepEvent) -> None:
+        """Pass one engine step's tokens on, one message per router."""
+        for outputs in step.outputs:
+            router = self._attached.get(outputs.router_id)
+            if router is not None:
+                router.put(pb.AttachEvent(outputs=outputs.outputs, stats=step.stats, draining=self.draining))
+
+    async def Attach(
+        self, request_iterator: AsyncIterator[pb.AttachRequest], context: Context
+    ) -> AsyncIterator[pb.AttachEvent]:
+        """Stream this worker's tokens and stats to one router until either side is gone."""
+        if not self._link.started.is_set():
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "this worker's engine is starting")
+        first = await anext(request_iterator, None)
+        if first is None or not first.hello.router_id:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be a hello with a router_id")
+            raise AssertionError("abort returned")
+        router = _Attached(first.hello.router_id)
+        replaced = self._attached.get(router.router_id)
+        if replaced is not None:
+            replaced.queue.put_nowait(None)
+        self._attached[router.router_id] = router
+        watchers = [
+            asyncio.create_task(self._hear(request_iterator, router), name="attach-hear"),
+            asyncio.create_task(self._end_with_epoch(router), name="attach-epoch"),
+        ]
+        log.info("router %s attached", router.router_id)
+        try:
+            yield pb.AttachEvent(description=self._link.description, stats=self._link.stats, draining=self.draining)
+            while (event := await self._next_event(router)) is not None:
+                yield event
+        finally:
+            for watcher in watchers:
+                watcher.cancel()
+            if self._attached.get(router.router_id) is router:
+                del self._attached[router.router_id]
+                self._link.send(pb.EngineCommand(router_gone=pb.RouterGone(router_id=router.router_id)))
+            log.info("router %s detached", router.router_id)
+
+    async def Reserve(self, request: pb.ReserveRequest, context: Context) -> pb.ReserveReply:
+        """Promise blocks; refused while draining and for another epoch."""
+        if self.draining:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "this worker is draining")
+        if request.epoch != self._link.epoch or not self._link.started.is_set():
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"this worker is in epoch {self._link.epoch}, the call is for epoch {request.epoch}",
+            )
+        if request.router_id not in self._attached:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"router {request.router_id} is not attached")
+        try:
+            reply = await self._link.call(pb.EngineCommand(reserve=request), CALL_TIMEOUT_S)
+        except EngineGoneError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        except asyncio.CancelledError:
+            asked = request.request
+            abort = pb.AbortRequest(request_id=asked.request_id, attempt=asked.attempt, reason="the router cancelled")
+            self._link.send(pb.EngineCommand(abort_decode=abort))
+            raise
+        if reply.WhichOneof("result") == "error":
+            await refuse(context, reply.error)
+        return reply.reserve
+
+    async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortReply:
+        """End a request or reservation in any phase."""
+        try:
+            reply = await self._link.call(pb.EngineCommand(abort_decode=request), ABORT_TIMEOUT_S)
+        except EngineGoneError:
+            return pb.AbortReply(found=False)
+        return reply.abort
+
+    async def _next_event(self, router: _Attached) -> pb.AttachEvent | None:
+        """The next step's tokens, or the stats when there are none for a while; None at the end."""
+        try:
+            return await asyncio.wait_for(router.queue.get(), STATS_PERIOD_S)
+        except TimeoutError:
+            return pb.AttachEvent(stats=self._link.stats, draining=self.draining)
+
+    async def _hear(self, requests: AsyncIterator[pb.AttachRequest], router: _Attached) -> None:
+        """Renew the router's leases with each heartbeat; end the stream when they stop."""
+        renew = pb.EngineCommand(renew=pb.RenewLeases(router_id=router.router_id))
+        with contextlib.suppress(TimeoutError, StopAsyncIteration, grpc.aio.AioRpcError):
+            while True:
+                await asyncio.wait_for(anext(requests), ROUTER_SILENCE_S)
+                self._link.send(renew)
+        router.queue.put_nowait(None)
+
+    async def _end_with_epoch(self, router: _Attached) -> None:
+        await self._link.lost.wait()
+        router.queue.put_nowait(None)

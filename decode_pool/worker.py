@@ -1,0 +1,177 @@
+"""The decode craft inside an engine process.
+
+    RESERVED (kv_intake) --KV home--> RUNNING (scheduler) --last token, abort--> (gone)
+    local prefill:                    RUNNING from the start
+
+The engine loop's thread calls everything here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from decode_pool.admission import Room, check_room
+from decode_pool.config import DecodeOptions
+from decode_pool.kv_intake import KVIntake
+from engine import wire
+from engine.api import FinishReason, TokenOutput
+from engine.engine import Engine
+from engine.errors import CapacityError
+from engine.sequence import Sequence
+from kv_transfer.node import TransferNode
+from kv_transfer.receiver import ReceivedKV
+from protos import worker_pb2 as pb
+
+Emit = Callable[[str, pb.TokenOutput], None]
+"""emit(router_id, output): collects what this step says to a router."""
+Key = tuple[str, int]
+
+
+@dataclass(slots=True)
+class _Running:
+    """A sequence the scheduler has, and what its first output will tell about its way here."""
+
+    sequence: Sequence
+    timing: pb.DecodeTiming = field(default_factory=pb.DecodeTiming)
+    ready_at: float = 0.0
+    reported: bool = False
+
+
+class DecodeWorker:
+    """Promises blocks, takes KV in, generates tokens."""
+
+    def __init__(
+        self, engine: Engine, node: TransferNode, options: DecodeOptions, *, max_running: int, name: str, emit: Emit
+    ) -> None:
+        self._engine = engine
+        self._options = options
+        self._max_running = max_running
+        self._name = name
+        self._emit = emit
+        self._running: dict[Key, _Running] = {}
+        self._intake = KVIntake(engine, node, on_ready=self._join, on_failed=self._failed)
+
+    def reserve(self, message: pb.ReserveRequest) -> pb.ReserveReply:
+        """Promise blocks for a request.
+
+        Raises InvalidRequestError for one that can never run here, CapacityError when there is no room now.
+        """
+        request = wire.request_from_proto(message.request)
+        self._engine.validate(request)
+        key = (request.request_id, request.attempt)
+        if key in self._running or any(_key(sequence) == key for sequence in self._intake.sequences()):
+            raise CapacityError(f"attempt {request.attempt} of request {request.request_id} is already running here")
+        sequence = Sequence.from_request(request, time.monotonic())
+        sequence.owner = message.router_id
+        self._take_blocks(sequence)
+        if message.local_prefill:
+            self._running[key] = _Running(sequence)
+            self._engine.scheduler.add(sequence)
+            return pb.ReserveReply(cached_tokens=sequence.num_cached_tokens)
+        ticket = self._intake.reserve(sequence, self._name)
+        return pb.ReserveReply(ticket=ticket.to_proto(), cached_tokens=sequence.num_cached_tokens)
+
+    def abort(self, request_id: str, attempt: int, reason: str) -> bool:
+        """End all attempts of a request up to this one; False if there is none."""
+        found = False
+        for sequence in self._sequences():
+            name, number = _key(sequence)
+            if name == request_id and number <= attempt:
+                found = self._end(sequence, reason) or found
+        return found
+
+    def router_gone(self, router_id: str) -> None:
+        """End everything this router asked for."""
+        for sequence in self._sequences():
+            if sequence.owner == router_id:
+                self._end(sequence, f"router {router_id} is gone")
+
+    def close(self) -> None:
+        """End everything."""
+        for sequence in self._sequences():
+            self._end(sequence, "the worker's epoch is over")
+
+    def on_output(self, sequence: Sequence, output: TokenOutput) -> None:
+        """The engine has new tokens, or an ending, for a sequence."""
+        entry = self._running[_key(sequence)]
+        message = wire.output_to_proto(output)
+        if not entry.reported:
+            entry.reported = True
+            message.timing.CopyFrom(self._first_timing(entry))
+            message.cached_tokens = min(sequence.num_cached_tokens, sequence.num_prompt_tokens)
+        if output.finish_reason is not None:
+            del self._running[_key(sequence)]
+        self._emit(sequence.owner, message)
+
+    def holders(self) -> list[Sequence]:
+        """Sequences that hold blocks beyond those the scheduler knows."""
+        return self._intake.sequences()
+
+    def num_open(self) -> int:
+        """Requests reserved or running."""
+        return len(self._running) + len(self._intake.sequences())
+
+    def _sequences(self) -> list[Sequence]:
+        return [*(entry.sequence for entry in self._running.values()), *self._intake.sequences()]
+
+    def _take_blocks(self, sequence: Sequence) -> None:
+        """Hold blocks for the sequence's tokens and the first one to come, sharing what is cached."""
+        scheduler, pool = self._engine.scheduler, self._engine.pool
+        scheduler.take_prefix(sequence)
+        try:
+            missing = scheduler.num_blocks_for(sequence.num_tokens + 1) - len(sequence.block_ids)
+            room = Room(
+                free_blocks=pool.num_free,
+                block_size=scheduler.block_size,
+                num_admitted=self.num_open(),
+                max_admitted=self._max_running,
+                predicted_answer_tokens=self._options.predicted_answer_tokens,
+            )
+            check_room(room, sequence, missing, self._sequences())
+            sequence.block_ids += pool.allocate(missing)
+        except CapacityError:
+            scheduler.release(sequence)
+            raise
+
+    def _end(self, sequence: Sequence, reason: str) -> bool:
+        entry = self._running.pop(_key(sequence), None)
+        if entry is None:
+            return self._intake.abort(_key(sequence), reason)
+        self._engine.scheduler.abort(sequence)
+        return True
+
+    def _join(self, sequence: Sequence, received: ReceivedKV) -> None:
+        """The KV is home: the sequence is about to join the batch."""
+        timing = pb.DecodeTiming(
+            transfer_tail_s=received.tail_s, transfer_busy_s=received.busy_s, transfer_bytes=received.num_bytes
+        )
+        self._running[_key(sequence)] = _Running(sequence, timing, ready_at=time.monotonic())
+
+    def _failed(self, sequence: Sequence, reason: str) -> None:
+        """The KV never came: the router must try again."""
+        output = TokenOutput(
+            request_id=sequence.request.request_id,
+            attempt=sequence.request.attempt,
+            offset=sequence.num_generated_tokens,
+            token_ids=(),
+            finish_reason=FinishReason.FAILED,
+            reason=reason,
+        )
+        self._emit(sequence.owner, wire.output_to_proto(output))
+
+    @staticmethod
+    def _first_timing(entry: _Running) -> pb.DecodeTiming:
+        now, sequence = time.monotonic(), entry.sequence
+        if entry.ready_at:
+            entry.timing.first_step_s = now - entry.ready_at
+        else:
+            first_step_at = sequence.first_step_at or now
+            entry.timing.queue_s = first_step_at - sequence.arrival
+            entry.timing.prefill_s = now - first_step_at
+        return entry.timing
+
+
+def _key(sequence: Sequence) -> Key:
+    return (sequence.request.request_id, sequence.request.attempt)

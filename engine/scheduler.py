@@ -1,0 +1,285 @@
+"""Decides what each step computes: continuous batching with chunked prefill and preemption.
+
+    WAITING --admit: blocks for all known tokens--> RUNNING --last token--> FINISHED
+       ^------------------preempt: all blocks back------'
+
+Every sequence is the same chase of `num_computed_tokens` after `num_tokens`; whoever is one token
+behind is decoding, whoever is further behind is catching up, in chunks that fit the step's budget.
+Sequences that decode come first, so that a long prompt never holds up running streams for more
+than one chunk.
+
+Progress: a sequence is admitted only when all its known tokens have blocks, `max_model_len` fits
+the whole pool, and a sequence takes blocks only from those behind it in order (running, or waiting
+with KV that was received). So the first in order always runs to its end, and gives its blocks back.
+
+The engine loop's thread calls everything here.
+"""
+
+from __future__ import annotations
+
+import bisect
+import time
+from collections.abc import Iterable
+
+from engine.api import EngineStats, FinishReason, TokenLogprobs, TokenOutput
+from engine.batch import ScheduledSequence, StepPlan, StepResult
+from engine.block_hash import chain_hash
+from engine.block_pool import BlockPool
+from engine.sequence import Sequence, SequenceStatus
+
+MAX_PREEMPTIONS = 3
+"""After this many a sequence is protected."""
+
+Emitted = tuple[Sequence, TokenOutput]
+
+
+class Scheduler:
+    """First come, first served within a priority; see the module's docstring."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        block_size: int,
+        root_hash: bytes,
+        max_step_tokens: int,
+        max_running: int,
+        max_model_len: int,
+        eos_token_ids: Iterable[int],
+    ) -> None:
+        self.pool = pool
+        self.block_size = block_size
+        self._root_hash = root_hash
+        self._max_step_tokens = max_step_tokens
+        self._max_running = max_running
+        self._max_model_len = max_model_len
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._waiting: list[Sequence] = []
+        self._running: list[Sequence] = []
+        self._stats = EngineStats(num_blocks=pool.num_blocks)
+
+    # ---- called by those who bring and take sequences ----
+
+    def add(self, sequence: Sequence) -> None:
+        """Take in a sequence: without blocks, or with blocks that hold its computed tokens."""
+        sequence.status = SequenceStatus.WAITING
+        bisect.insort(self._waiting, sequence, key=_order)
+
+    def abort(self, sequence: Sequence) -> None:
+        """End a sequence now; its blocks go back (those of a prefill-only one at `release`)."""
+        if sequence.status is SequenceStatus.FINISHED:
+            return
+        self._leave(sequence)
+        self._finish(sequence, FinishReason.ABORTED)
+
+    def release(self, sequence: Sequence) -> None:
+        """Give back all blocks of a sequence that the scheduler no longer runs."""
+        self.pool.release(sequence.block_ids)
+        sequence.block_ids = []
+
+    def take_prefix(self, sequence: Sequence) -> None:
+        """Hold the blocks whose content the sequence can use, and count their tokens as computed.
+
+        At least one token is always left to compute, so that there are logits to sample from.
+        """
+        self._extend_hashes(sequence)
+        usable = (sequence.num_tokens - 1) // self.block_size
+        found = self.pool.find(sequence.block_hashes[:usable])
+        self.pool.acquire(found)
+        sequence.block_ids = found
+        sequence.num_hashed_blocks = len(found)
+        sequence.num_computed_tokens = sequence.num_cached_tokens = len(found) * self.block_size
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold so many tokens."""
+        return -(-num_tokens // self.block_size)
+
+    def publish(self, sequence: Sequence) -> None:
+        """Make the sequence's full, computed blocks findable."""
+        full = sequence.num_computed_tokens // self.block_size
+        if full > sequence.num_hashed_blocks:
+            self._extend_hashes(sequence)
+            for index in range(sequence.num_hashed_blocks, full):
+                self.pool.publish(sequence.block_ids[index], sequence.block_hashes[index])
+            sequence.num_hashed_blocks = full
+
+    # ---- the three verbs of the loop: schedule, (run), update ----
+
+    def schedule(self) -> StepPlan | None:
+        """What to compute next; None if nothing can be computed now."""
+        shares: dict[Sequence, ScheduledSequence] = {}
+        budget = self._max_step_tokens
+        for sequence in sorted(self._running, key=lambda item: (item.num_missing_tokens > 1, *_order(item))):
+            if budget == 0:
+                break
+            if sequence.status is not SequenceStatus.RUNNING:
+                continue  # preempted a moment ago
+            count = min(sequence.num_missing_tokens, budget)
+            if self._ensure_blocks(sequence, count, shares):
+                shares[sequence] = ScheduledSequence(sequence, sequence.num_computed_tokens, count)
+                budget = self._max_step_tokens - sum(share.num_tokens for share in shares.values())
+        while budget > 0 and self._waiting and len(self._running) < self._max_running:
+            sequence = self._waiting[0]
+            if not self._admit(sequence):
+                break
+            count = min(sequence.num_missing_tokens, budget)
+            shares[sequence] = ScheduledSequence(sequence, sequence.num_computed_tokens, count)
+            budget -= count
+        return StepPlan(tuple(shares.values())) if shares else None
+
+    def update(self, plan: StepPlan, result: StepResult) -> list[Emitted]:
+        """Take in a step's outcome; sequences aborted meanwhile are passed over."""
+        emitted: list[Emitted] = []
+        self._stats.steps += 1
+        for share, sampled in zip(plan.shares, result.sampled, strict=True):
+            sequence = share.sequence
+            if sequence.status is not SequenceStatus.RUNNING:
+                continue
+            sequence.num_computed_tokens += share.num_tokens
+            self._stats.computed_tokens += share.num_tokens
+            self.publish(sequence)
+            if sampled is not None:
+                emitted.append((sequence, self._append(sequence, sampled.token_id, sampled.logprobs)))
+        return emitted
+
+    def fail_all(self, reason: str) -> list[Emitted]:
+        """End every sequence because the step that held them failed."""
+        emitted = []
+        for sequence in [*self._running, *self._waiting]:
+            self._leave(sequence)
+            self._finish(sequence, FinishReason.FAILED)
+            emitted.append((sequence, _end_output(sequence, reason)))
+        return emitted
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges as of now."""
+        self._stats.num_running = len(self._running)
+        self._stats.num_waiting = len(self._waiting)
+        self._stats.waiting_tokens = sum(
+            sequence.num_missing_tokens
+            for sequence in [*self._waiting, *self._running]
+            if sequence.num_missing_tokens > 1
+        )
+        self._stats.free_blocks = self.pool.num_free
+        self._stats.findable_blocks = self.pool.num_findable
+        return self._stats
+
+    def sequences(self) -> list[Sequence]:
+        """Everything that waits or runs."""
+        return [*self._running, *self._waiting]
+
+    # ---- inside ----
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Move the first waiting sequence to running if all its known tokens can have blocks."""
+        if not sequence.block_ids:
+            self.take_prefix(sequence)
+        missing = self.num_blocks_for(sequence.num_tokens) - len(sequence.block_ids)
+        while missing > self.pool.num_free:
+            victim = None if self._running else self._victim(sequence)
+            if victim is None:
+                if sequence.num_computed_tokens == sequence.num_cached_tokens:
+                    self._give_up_blocks(sequence)
+                return False
+            self._preempt(victim)
+        sequence.block_ids += self.pool.allocate(max(0, missing))
+        self._stats.cached_tokens += sequence.num_cached_tokens
+        self._waiting.pop(0)
+        bisect.insort(self._running, sequence, key=_order)
+        sequence.status = SequenceStatus.RUNNING
+        sequence.first_step_at = sequence.first_step_at or time.monotonic()
+        return True
+
+    def _ensure_blocks(self, sequence: Sequence, count: int, shares: dict[Sequence, ScheduledSequence]) -> bool:
+        """Give the sequence blocks for its next tokens, preempting younger ones if there are none."""
+        missing = self.num_blocks_for(sequence.num_computed_tokens + count) - len(sequence.block_ids)
+        while missing > self.pool.num_free:
+            victim = self._victim(sequence)
+            if victim is None:
+                return False
+            shares.pop(victim, None)
+            self._preempt(victim)
+        if missing > 0:
+            sequence.block_ids += self.pool.allocate(missing)
+        return True
+
+    def _victim(self, needy: Sequence) -> Sequence | None:
+        """The last in order of all that hold blocks behind `needy`, unprotected ones first."""
+        holders = [*self._running, *(item for item in self._waiting if item.block_ids)]
+        behind = [item for item in holders if _order(item) > _order(needy) and not item.prefill_only]
+        open_ones = [item for item in behind if item.num_preemptions < MAX_PREEMPTIONS]
+        return max(open_ones or behind, key=_order, default=None)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._leave(sequence)
+        self._give_up_blocks(sequence)
+        sequence.num_preemptions += 1
+        self._stats.preemptions += 1
+        self.add(sequence)
+
+    def _give_up_blocks(self, sequence: Sequence) -> None:
+        self.release(sequence)
+        sequence.num_computed_tokens = sequence.num_cached_tokens = sequence.num_hashed_blocks = 0
+
+    def _append(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> TokenOutput:
+        """Add a sampled token; end the sequence if it was its last."""
+        offset = sequence.num_generated_tokens
+        sequence.token_ids.append(token_id)
+        self._stats.generated_tokens += 1
+        finish = self._finish_reason(sequence, token_id)
+        if finish is not None or sequence.prefill_only:
+            self._leave(sequence)
+            self._finish(sequence, finish)
+        return TokenOutput(
+            request_id=sequence.request.request_id,
+            attempt=sequence.request.attempt,
+            offset=offset,
+            token_ids=(token_id,),
+            logprobs=(logprobs,) if logprobs is not None else (),
+            finish_reason=finish,
+            num_cached_tokens=sequence.num_cached_tokens,
+        )
+
+    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+        params = sequence.request.params
+        if sequence.num_generated_tokens >= params.min_tokens:
+            if token_id in params.stop_token_ids:
+                return FinishReason.STOP
+            if token_id in self._eos_token_ids and not params.ignore_eos:
+                return FinishReason.EOS
+        if sequence.num_generated_tokens >= params.max_tokens or sequence.num_tokens >= self._max_model_len:
+            return FinishReason.LENGTH
+        return None
+
+    def _leave(self, sequence: Sequence) -> None:
+        (self._running if sequence.status is SequenceStatus.RUNNING else self._waiting).remove(sequence)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason | None) -> None:
+        sequence.status = SequenceStatus.FINISHED
+        sequence.finish_reason = reason
+        if not sequence.prefill_only:
+            self.release(sequence)
+
+    def _extend_hashes(self, sequence: Sequence) -> None:
+        """Chain the hashes of all full blocks of known tokens."""
+        size, hashes = self.block_size, sequence.block_hashes
+        for start in range(len(hashes) * size, sequence.num_tokens - size + 1, size):
+            parent = hashes[-1] if hashes else self._root_hash
+            hashes.append(chain_hash(parent, sequence.token_ids[start : start + size]))
+
+
+def _order(sequence: Sequence) -> tuple[int, float]:
+    """Lower goes first: priority, then age since first arrival."""
+    return (sequence.request.priority, sequence.arrival)
+
+
+def _end_output(sequence: Sequence, reason: str) -> TokenOutput:
+    """An output that carries no token, only the end."""
+    return TokenOutput(
+        request_id=sequence.request.request_id,
+        attempt=sequence.request.attempt,
+        offset=sequence.num_generated_tokens,
+        token_ids=(),
+        finish_reason=sequence.finish_reason,
+        reason=reason,
+    )

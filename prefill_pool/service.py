@@ -1,0 +1,64 @@
+"""The prefill craft's gRPC service, in a worker's front process: translates, decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+
+from engine.ipc import EngineGoneError
+from engine.link import EngineLink
+from protos import worker_pb2 as pb
+from protos import worker_pb2_grpc
+from protos.status import refuse
+
+MAX_PREFILL_S = 3600.0
+"""Bound of the wait for a first token where the request has no deadline."""
+ABORT_TIMEOUT_S = 5.0
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
+    """`pdserve.v1.PrefillWorker` over the worker's engine link."""
+
+    def __init__(self, link: EngineLink) -> None:
+        self._link = link
+
+    async def Prefill(self, request: pb.PrefillRequest, context: Context) -> pb.PrefillReply:
+        """Have the engine compute a prompt; ends with the caller if the caller goes away."""
+        await check_epoch(self._link, request.epoch, context)
+        timeout_s = request.request.deadline_s or MAX_PREFILL_S
+        try:
+            reply = await self._link.call(pb.EngineCommand(prefill=request), timeout_s)
+        except EngineGoneError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        except asyncio.CancelledError:
+            self._abort(request.request, "the router cancelled the call")
+            raise
+        if reply.WhichOneof("result") == "error":
+            await refuse(context, reply.error)
+        return reply.prefill
+
+    async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortReply:
+        """End a prefill in any phase."""
+        try:
+            reply = await self._link.call(pb.EngineCommand(abort_prefill=request), ABORT_TIMEOUT_S)
+        except EngineGoneError:
+            return pb.AbortReply(found=False)
+        return reply.abort
+
+    def _abort(self, request: pb.EngineRequest, reason: str) -> None:
+        abort = pb.AbortRequest(request_id=request.request_id, attempt=request.attempt, reason=reason)
+        self._link.send(pb.EngineCommand(abort_prefill=abort))
+
+
+async def check_epoch(link: EngineLink, epoch: int, context: Context) -> None:
+    """Refuse a call that was meant for another life of this worker."""
+    if not link.started.is_set():
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "this worker's engine is starting")
+    if epoch != link.epoch:
+        await context.abort(
+            grpc.StatusCode.FAILED_PRECONDITION, f"this worker is in epoch {link.epoch}, the call is for epoch {epoch}"
+        )

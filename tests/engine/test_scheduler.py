@@ -1,0 +1,211 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.api import FinishReason
+from engine.scheduler import Scheduler
+from engine.sequence import Sequence, SequenceStatus
+from tests.engine.toy import ToyRunner, expected_answer, make_request, make_scheduler
+
+
+def run_to_end(scheduler: Scheduler, runner: ToyRunner, max_steps: int = 5000) -> dict[str, list]:
+    """Step until nothing is left; returns each request's outputs."""
+    outputs: dict[str, list] = {}
+    for _ in range(max_steps):
+        plan = scheduler.schedule()
+        if plan is None:
+            assert not scheduler.sequences(), "sequences are left, but nothing can be computed"
+            return outputs
+        assert plan.num_tokens <= 16
+        for sequence, output in scheduler.update(plan, runner.run(plan)):
+            outputs.setdefault(sequence.request.request_id, []).append(output)
+        scheduler.pool.check_integrity([item.block_ids for item in scheduler.sequences()])
+    raise AssertionError("no end in sight")
+
+
+def add(scheduler: Scheduler, name: str, prompt: list[int], arrival: float = 0.0, **params) -> Sequence:
+    sequence = Sequence.from_request(make_request(name, prompt, **params), arrival)
+    scheduler.add(sequence)
+    return sequence
+
+
+def tokens_of(outputs: list) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+def test_a_prompt_is_cut_into_chunks_that_fit_the_budget():
+    scheduler, runner = make_scheduler(32), ToyRunner(32, 4)
+    add(scheduler, "a", list(range(40)), max_tokens=1)
+    sizes = []
+    while (plan := scheduler.schedule()) is not None:
+        sizes.append(plan.num_tokens)
+        scheduler.update(plan, runner.run(plan))
+    assert sizes == [16, 16, 8]
+
+
+def test_running_streams_come_before_a_long_prompt():
+    scheduler, runner = make_scheduler(64), ToyRunner(64, 4)
+    add(scheduler, "short", [1, 2], arrival=1.0, max_tokens=20)
+    plan = scheduler.schedule()
+    scheduler.update(plan, runner.run(plan))
+    add(scheduler, "long", list(range(40)), arrival=0.5)
+    for _ in range(3):
+        plan = scheduler.schedule()
+        assert {share.sequence.request.request_id: share.num_tokens for share in plan.shares}["short"] == 1
+        scheduler.update(plan, runner.run(plan))
+
+
+def test_equal_prefixes_are_computed_once():
+    scheduler, runner = make_scheduler(32), ToyRunner(32, 4)
+    prompt = list(range(10))
+    add(scheduler, "a", prompt, max_tokens=3)
+    run_to_end(scheduler, runner)
+    again = add(scheduler, "b", prompt, max_tokens=3)
+    outputs = run_to_end(scheduler, runner)["b"]
+    assert again.num_cached_tokens == 8
+    assert tokens_of(outputs) == expected_answer(prompt, 3)
+    assert scheduler.stats().cached_tokens == 8
+
+
+def test_a_wholly_cached_prompt_still_computes_its_last_block():
+    scheduler, runner = make_scheduler(32), ToyRunner(32, 4)
+    for name in "ab":
+        sequence = add(scheduler, name, list(range(8)), max_tokens=2)
+        run_to_end(scheduler, runner)
+    assert sequence.num_cached_tokens == 4
+
+
+def test_the_youngest_is_preempted_and_answers_stay_right():
+    scheduler, runner = make_scheduler(8), ToyRunner(8, 4)
+    prompts = {name: [index * 3 + 1, index + 2, 5, 9, 11] for index, name in enumerate("abc")}
+    for arrival, (name, prompt) in enumerate(prompts.items()):
+        add(scheduler, name, prompt, arrival=float(arrival), max_tokens=20)
+    outputs = run_to_end(scheduler, runner)
+    assert scheduler.stats().preemptions > 0
+    for name, prompt in prompts.items():
+        assert tokens_of(outputs[name]) == expected_answer(prompt, 20)
+        assert [output.offset for output in outputs[name]] == list(range(20))
+
+
+def test_received_kv_that_waits_gives_way_to_an_older_sequence():
+    scheduler, runner = make_scheduler(6, max_running=1), ToyRunner(6, 4)
+    old = add(scheduler, "old", list(range(8)), arrival=0.0, max_tokens=14)
+    plan = scheduler.schedule()
+    scheduler.update(plan, runner.run(plan))
+    received = Sequence.from_request(make_request("received", [7] * 10, max_tokens=3), 1.0)
+    received.block_ids = scheduler.pool.allocate(3)
+    received.num_computed_tokens = 9
+    scheduler.add(received)
+    outputs = run_to_end(scheduler, runner)
+    assert old.finish_reason is FinishReason.LENGTH
+    assert received.num_preemptions == 1
+    assert tokens_of(outputs["received"]) == expected_answer([7] * 10, 3)
+
+
+def test_endings():
+    scheduler, runner = make_scheduler(64), ToyRunner(64, 4)
+    stop = expected_answer([1, 2, 3], 4)[3]
+    add(scheduler, "stop", [1, 2, 3], stop_token_ids=(stop,), max_tokens=20)
+    add(scheduler, "length", [1, 2, 3], max_tokens=2)
+    outputs = run_to_end(scheduler, runner)
+    assert outputs["stop"][-1].finish_reason is FinishReason.STOP
+    assert tokens_of(outputs["stop"]) == expected_answer([1, 2, 3], 4)
+    assert outputs["length"][-1].finish_reason is FinishReason.LENGTH
+
+
+def test_min_tokens_outlasts_a_stop_token():
+    scheduler, runner = make_scheduler(64), ToyRunner(64, 4)
+    answer = expected_answer([1, 2, 3], 12)
+    add(scheduler, "a", [1, 2, 3], stop_token_ids=(answer[0],), min_tokens=5, max_tokens=12)
+    outputs = run_to_end(scheduler, runner)["a"]
+    assert len(tokens_of(outputs)) >= 5
+
+
+def test_a_context_that_is_full_ends_by_length():
+    scheduler, runner = make_scheduler(4, max_model_len=16), ToyRunner(4, 4)
+    add(scheduler, "a", [1, 2, 3], max_tokens=100)
+    outputs = run_to_end(scheduler, runner)["a"]
+    assert len(tokens_of(outputs)) == 13
+    assert outputs[-1].finish_reason is FinishReason.LENGTH
+
+
+def test_a_prefill_only_sequence_keeps_its_blocks_until_released():
+    scheduler, runner = make_scheduler(16), ToyRunner(16, 4)
+    sequence = Sequence.from_request(make_request("p", list(range(9))), 0.0)
+    sequence.prefill_only = True
+    scheduler.add(sequence)
+    outputs = run_to_end(scheduler, runner)["p"]
+    assert tokens_of(outputs) == expected_answer(list(range(9)), 1)
+    assert outputs[0].finish_reason is None
+    assert scheduler.pool.num_free == 13
+    scheduler.release(sequence)
+    assert scheduler.pool.num_free == 16
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_abort_gives_all_blocks_back(steps):
+    scheduler, runner = make_scheduler(16), ToyRunner(16, 4)
+    sequence = add(scheduler, "a", list(range(20)), max_tokens=20)
+    for _ in range(steps):
+        plan = scheduler.schedule()
+        scheduler.update(plan, runner.run(plan))
+    scheduler.abort(sequence)
+    scheduler.abort(sequence)
+    assert scheduler.pool.num_free == 16
+    assert scheduler.schedule() is None
+
+
+def test_priority_goes_before_arrival():
+    scheduler = make_scheduler(64, max_running=1)
+    for name, priority in [("late", 0), ("urgent", -1)]:
+        request = make_request(name, [1, 2])
+        sequence = Sequence.from_request(request, 0.0)
+        object.__setattr__(request, "priority", priority)
+        scheduler.add(sequence)
+    assert scheduler.schedule().shares[0].sequence.request.request_id == "urgent"
+
+
+requests = st.lists(
+    st.tuples(st.integers(1, 24), st.integers(1, 12), st.integers(0, 3), st.booleans()), min_size=1, max_size=12
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(requests, st.integers(10, 20), st.randoms(use_true_random=False))
+def test_any_mixture_ends_with_right_answers_and_free_blocks(shapes, num_blocks, random):
+    scheduler, runner = make_scheduler(num_blocks), ToyRunner(num_blocks, 4)
+    prompts, aborted = {}, set()
+    for index, (length, answer, group, abort) in enumerate(shapes):
+        name = f"r{index}"
+        prompts[name] = ([group] * length, answer)
+        sequence = add(scheduler, name, prompts[name][0], arrival=float(index), max_tokens=answer)
+        if abort:
+            aborted.add(sequence)
+    outputs: dict[str, list[int]] = {}
+    for _ in range(3000):
+        if aborted and random.random() < 0.2:
+            scheduler.abort(aborted.pop())
+        plan = scheduler.schedule()
+        if plan is None:
+            break
+        for sequence, output in scheduler.update(plan, runner.run(plan)):
+            outputs.setdefault(sequence.request.request_id, []).extend(output.token_ids)
+            if output.finish_reason is not None:
+                aborted.discard(sequence)
+    assert not scheduler.sequences()
+    assert scheduler.pool.num_free == num_blocks
+    for name, tokens in outputs.items():
+        prompt, answer = prompts[name]
+        assert tokens == expected_answer(prompt, answer)[: len(tokens)]
+
+
+def test_fail_all_ends_everything_once():
+    scheduler, runner = make_scheduler(16), ToyRunner(16, 4)
+    for name in "ab":
+        add(scheduler, name, [1, 2, 3])
+    plan = scheduler.schedule()
+    scheduler.update(plan, runner.run(plan))
+    failed = scheduler.fail_all("out of luck")
+    assert [output.finish_reason for _, output in failed] == [FinishReason.FAILED] * 2
+    assert all(sequence.status is SequenceStatus.FINISHED for sequence, _ in failed)
+    assert scheduler.pool.num_free == 16
