@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 
 import click
 
@@ -64,6 +63,6 @@ SUMMARIES = {
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(version=importlib.metadata.version("pdserve"), prog_name="pdserve")
+@click.version_option(package_name="pdserve", prog_name="pdserve")
 def main() -> None:
     """Serve a large language model with prefill and decode in separate pools."""

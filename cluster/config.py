@@ -1,0 +1,195 @@
+"""The one YAML of a cluster: composes what each floor lets a user set. Free of torch and of Ray.
+
+`load_config` reads a file, strictly; `to_plain` and `from_plain` carry a configuration through a process
+boundary; `json_schema` is what an editor completes from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import ConfigDict, TypeAdapter
+
+from cluster.yaml_config import ConfigError, load
+from engine.config import CacheOptions, EngineOptions, ModelOptions
+from kv_transfer.config import TransferConfig
+from router.config import RouterConfig
+
+__all__ = [
+    "ClusterConfig",
+    "ConfigError",
+    "ObservabilityConfig",
+    "PoolConfig",
+    "RayConfig",
+    "RedisConfig",
+    "from_plain",
+    "json_schema",
+    "load_config",
+    "to_plain",
+]
+
+Mode = Literal["split", "colocated"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+_MIN_OBJECT_STORE_MIB = 76
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolConfig(EngineOptions):
+    """One pool of workers: how many, how each computes, and what it takes of its machine."""
+
+    workers: int = 1
+    """Workers of this pool; 0 starts none."""
+    host: str = "127.0.0.1"
+    """Interface on which the workers listen for routers."""
+    num_cpus: float | None = None
+    """Ray CPUs that each rank reserves; default: threads."""
+    num_gpus: float | None = None
+    """GPUs that each rank reserves; default: 1 where it computes on a GPU, else 0."""
+    resources: dict[str, float] = field(default_factory=dict)
+    """Other Ray resources that each rank reserves, such as a node label of your own: {"fast_nic": 1}."""
+
+    def __post_init__(self) -> None:
+        EngineOptions.__post_init__(self)
+        if not 0 <= self.workers <= 1000:
+            raise ValueError(f"workers must be between 0 and 1000, got {self.workers}")
+        for name, amount in (("num_cpus", self.num_cpus), ("num_gpus", self.num_gpus), *self.resources.items()):
+            if amount is not None and not (math.isfinite(amount) and amount >= 0):
+                raise ValueError(f"{name} must be at least 0, got {amount}")
+        if self.num_gpus is not None and self.num_gpus > 1 and self.num_gpus != int(self.num_gpus):
+            raise ValueError(f"num_gpus must be a fraction of one GPU or a whole number, got {self.num_gpus}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RedisConfig:
+    """The registry: which workers live, who serves which request. Also holds Ray's state."""
+
+    url: str | None = None
+    """A Redis or Valkey to use, redis://[user:password@]host:port[/db]; default: an embedded Valkey is started."""
+    port: int = 0
+    """TCP port of the embedded Valkey, on loopback; 0: any free one."""
+
+    def __post_init__(self) -> None:
+        if self.url is not None and not re.match(r"rediss?://[^/]", self.url):
+            shown = re.sub(r"//[^@]*@", "//***@", self.url)
+            raise ValueError(f"url must look like redis://host:port, got {shown!r}")
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port must be between 0 and 65535, got {self.port}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RayConfig:
+    """Where the processes run."""
+
+    address: str | None = None
+    """host:port of a Ray cluster to join; default: a Ray of our own is started on loopback."""
+    port: int = 0
+    """TCP port of our own Ray; 0: any free one."""
+    object_store_mib: int = 80
+    """Shared memory of our own Ray's object store, in MiB; tokens and KV never pass through it."""
+
+    def __post_init__(self) -> None:
+        if self.address is not None and not re.fullmatch(r"\S+:\d{1,5}", self.address):
+            raise ValueError(f"address must be host:port of a Ray head, got {self.address!r}")
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port must be between 0 and 65535, got {self.port}")
+        if self.object_store_mib < _MIN_OBJECT_STORE_MIB:
+            raise ValueError(f"object_store_mib must be at least {_MIN_OBJECT_STORE_MIB}, got {self.object_store_mib}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObservabilityConfig:
+    """What the processes tell, and where."""
+
+    log_level: LogLevel = "info"
+    """Least level that is logged."""
+    log_dir: str | None = None
+    """Directory of the log files; default: `logs` in the run directory."""
+    metrics_host: str = "127.0.0.1"
+    """Interface on which every process serves /metrics."""
+    metrics_port: int = 0
+    """TCP port of the router's /metrics; 0: any free one. Workers always take a free one (see `pdserve status`)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.metrics_port <= 65535:
+            raise ValueError(f"metrics_port must be between 0 and 65535, got {self.metrics_port}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterConfig:
+    """A whole cluster."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    mode: Mode = "split"
+    """split: prefill and decode in pools of their own. colocated: only the decode pool is started, and each of its
+    workers does both jobs."""
+    model: ModelOptions
+    """The model that is served."""
+    cache: CacheOptions = field(default_factory=CacheOptions)
+    """The KV cache of each worker."""
+    prefill: PoolConfig = field(default_factory=PoolConfig)
+    """Workers that compute prompts; not started when mode is colocated."""
+    decode: PoolConfig = field(default_factory=PoolConfig)
+    """Workers that generate tokens."""
+    transfer: TransferConfig = field(default_factory=TransferConfig)
+    """How KV travels between workers."""
+    router: RouterConfig = field(default_factory=RouterConfig)
+    """The front door."""
+    redis: RedisConfig = field(default_factory=RedisConfig)
+    """The registry."""
+    ray: RayConfig = field(default_factory=RayConfig)
+    """Where the processes run."""
+    observability: ObservabilityConfig = field(default_factory=ObservabilityConfig)
+    """Logs and metrics."""
+    drain_s: float = 30.0
+    """Longest that a stopping process waits for its running requests, in seconds."""
+    start_timeout_s: float = 300.0
+    """Longest that `pdserve up` waits for every worker to be ready, in seconds."""
+
+    def __post_init__(self) -> None:
+        if self.decode.workers < 1:
+            raise ValueError(f"decode.workers must be at least 1, got {self.decode.workers}")
+        if self.mode == "split" and self.prefill.workers < 1:
+            raise ValueError("prefill.workers must be at least 1 when mode is split; for none, set `mode: colocated`")
+        if not 0 <= self.drain_s <= 86400:
+            raise ValueError(f"drain_s must be between 0 and 86400 seconds, got {self.drain_s}")
+        if not 0 < self.start_timeout_s <= 86400:
+            raise ValueError(f"start_timeout_s must be more than 0 and at most 86400, got {self.start_timeout_s}")
+
+
+def load_config(path: str | Path) -> ClusterConfig:
+    """The configuration in a YAML file; ConfigError lists every problem with its line."""
+    return load(Path(path), ClusterConfig)
+
+
+def to_plain(config: ClusterConfig) -> dict[str, Any]:
+    """The configuration as dicts, lists and scalars."""
+    return dataclasses.asdict(config)
+
+
+def from_plain(data: dict[str, Any]) -> ClusterConfig:
+    """The inverse of `to_plain`."""
+    return TypeAdapter(ClusterConfig).validate_python(data)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Engine:
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    engine: EngineOptions
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of the YAML, with what each key means as its description."""
+    schema = TypeAdapter(ClusterConfig).json_schema()
+    inherited = TypeAdapter(_Engine).json_schema()["$defs"]["EngineOptions"]["properties"]
+    for name, properties in schema["$defs"]["PoolConfig"]["properties"].items():
+        if "description" in inherited.get(name, {}):
+            properties.setdefault("description", inherited[name]["description"])
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
