@@ -171,7 +171,7 @@ def _from_hugging_face(directory: Path) -> ModelConfig:
     rope = _rope_parameters(header)
     llama_biases = family is not Family.QWEN2 and bool(header.get("attention_bias"))
     num_heads = header["num_attention_heads"]
-    eos_token_ids, bos_token_id = _special_ids(directory, header)
+    eos_token_ids, bos_token_id = hugging_face_special_ids(directory, header)
     return ModelConfig(
         architecture=architecture,
         num_layers=header["num_hidden_layers"],
@@ -244,7 +244,7 @@ def _weight_dtype(header: Mapping[str, Any]) -> WeightDType:
     return dtype
 
 
-def _special_ids(directory: Path, header: Mapping[str, Any]) -> tuple[tuple[int, ...], int | None]:
+def hugging_face_special_ids(directory: Path, header: Mapping[str, Any]) -> tuple[tuple[int, ...], int | None]:
     """End-of-sequence ids and the begin-of-sequence id; generation_config.json goes before config.json."""
     generation = directory / "generation_config.json"
     merged = {**header, **(read_json(generation) if generation.is_file() else {})}
