@@ -1,0 +1,26 @@
+"""What the models ask of attention."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from engine.batch import Batch
+
+
+class AttentionBackend(Protocol):
+    """Causal grouped-query attention of a step's tokens over the paged KV cache.
+
+    A step's keys and values are in the cache before `forward` is called for their layer.
+    """
+
+    def plan(self, batch: Batch) -> None:
+        """Work out, once a step, what is the same for all layers; leave it in batch.scratch."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, batch: Batch) -> torch.Tensor:
+        """Attend each token of the step to itself and all earlier tokens of its sequence.
+
+        q is [num_rows, num_heads, head_dim]; k and v, [num_rows, num_kv_heads, head_dim], are this step's own.
+        Rows past the step's tokens are padding. Returns [num_rows, num_heads * head_dim]; padding rows are zero.
+        """
