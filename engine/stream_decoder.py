@@ -1,0 +1,248 @@
+"""Turns a growing list of token ids into text that may be sent as it comes, and finds stop strings in it.
+
+`StreamDecoder` holds back the bytes of a character that is not complete; all it emits, put together, equals
+`Tokenizer.decode` of all the tokens. Per token it looks only at that token.
+
+`StopStrings` holds back text only while it could be the beginning of a stop string. It is the automaton of
+Aho and Corasick (CACM 18(6), 1975), so its work per character does not grow with the number of stops.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from engine.errors import InvalidRequestError, UnsupportedModelError
+from engine.gguf_tokenizer import byte_alphabet
+from engine.tokenizer import Tokenizer
+
+MAX_STOPS = 32
+MAX_STOP_CHARS = 256
+TAIL_TOKENS = 16
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class StreamDecoder:
+    """The text of one answer, a few tokens at a time.
+
+    The answer's first token may depend on the end of the prompt: SentencePiece drops one leading space at the very
+    beginning of a text only, and a prompt of token ids may end in the middle of a character.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int] = ()) -> None:
+        """`prompt_token_ids`: the prompt or its tail; without it the answer is decoded as a text of its own.
+
+        Raises UnsupportedModelError where the tokenizer spells text in a way unknown here.
+        """
+        self._tokenizer = tokenizer
+        self._text = _spelling(tokenizer)
+        tail = self._visible(prompt_token_ids[-TAIL_TOKENS:])
+        if tail:
+            self._text.follow(tail)
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """The text that these tokens complete."""
+        return self._text.push(self._visible(token_ids))
+
+    def flush(self) -> str:
+        """What is left at the end: a replacement character for each piece of an unfinished character."""
+        return self._text.flush()
+
+    def _visible(self, token_ids: Sequence[int]) -> list[str]:
+        """The tokens that stand for text: neither special nor outside the vocabulary."""
+        special = self._tokenizer.special_token_ids
+        spelled = (self._tokenizer.backend.id_to_token(i) for i in token_ids if i not in special)
+        return [token for token in spelled if token is not None]
+
+
+class _Spelling(Protocol):
+    """How a vocabulary writes text."""
+
+    def follow(self, tokens: Sequence[str]) -> None:
+        """Start behind these tokens, whose text has been seen."""
+
+    def push(self, tokens: Sequence[str]) -> str:
+        """The text these tokens complete."""
+
+    def flush(self) -> str:
+        """The rest."""
+
+
+def _spelling(tokenizer: Tokenizer) -> _Spelling:
+    decoder = tokenizer.backend.decoder
+    steps = json.loads(decoder.__getstate__()) if decoder is not None else {}
+    kinds = [step["type"] for step in steps.get("decoders", [steps])] if steps else []
+    if kinds == ["ByteLevel"]:
+        return _ByteLevel()
+    if kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and kinds[3:] in ([], ["Strip"]):
+        return _SentencePiece(strip=kinds[3:] == ["Strip"])
+    raise UnsupportedModelError(
+        f"the tokenizer's decoder {kinds} is not supported; supported are ByteLevel and "
+        "Replace, ByteFallback, Fuse (as in Llama 2)"
+    )
+
+
+class _ByteLevel:
+    """Each character of a token stands for one byte; the bytes are UTF-8."""
+
+    def __init__(self) -> None:
+        self._bytes_of = _BYTES_OF
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def follow(self, tokens: Sequence[str]) -> None:
+        self.push(tokens)
+
+    def push(self, tokens: Sequence[str]) -> str:
+        return self._utf8.decode(b"".join(map(self._spelled, tokens)))
+
+    def flush(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+    def _spelled(self, token: str) -> bytes:
+        try:
+            return bytes([self._bytes_of[character] for character in token])
+        except KeyError:  # an added token, written as it is
+            return token.encode()
+
+
+_BYTES_OF = {character: byte for byte, character in byte_alphabet().items()}
+
+
+class _SentencePiece:
+    """A token is text with ▁ for a space, or one byte. A run of byte tokens is decoded when it ends."""
+
+    def __init__(self, *, strip: bool) -> None:
+        self._strip = strip
+        self._run = bytearray()
+
+    def follow(self, tokens: Sequence[str]) -> None:
+        self.push(tokens)
+        self._strip = False
+        self._run = self._run[_complete_bytes(self._run) :]
+
+    def push(self, tokens: Sequence[str]) -> str:
+        pieces = []
+        for token in tokens:
+            byte = _BYTE_TOKEN.fullmatch(token)
+            if byte is not None:
+                self._run.append(int(byte[1], 16))
+                continue
+            pieces += [self._end_run(), token.replace("▁", " ")]
+        return self._without_first_space("".join(pieces))
+
+    def flush(self) -> str:
+        return self._without_first_space(self._end_run())
+
+    def _end_run(self) -> str:
+        """The run's text; if any of it is not UTF-8, one replacement character for each byte."""
+        if not self._run:
+            return ""
+        run, self._run = self._run, bytearray()
+        try:
+            return run.decode()
+        except UnicodeDecodeError:
+            return "\ufffd" * len(run)
+
+    def _without_first_space(self, text: str) -> str:
+        if self._strip and text:
+            self._strip = False
+            return text.removeprefix(" ")
+        return text
+
+
+def _complete_bytes(run: bytes | bytearray) -> int:
+    """How many of these bytes are whole characters (or can never be one)."""
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+    utf8.decode(bytes(run))
+    return len(run) - len(utf8.getstate()[0])
+
+
+@dataclass(slots=True)
+class _State:
+    """What has been matched so far: the longest end of the text that begins some stop string."""
+
+    depth: int
+    follow: dict[str, _State] = field(default_factory=dict)
+    fallback: _State | None = None
+    """The next shorter end that begins some stop string; None for the empty one."""
+    match: str | None = None
+    """The longest stop string that ends here."""
+
+
+class StopStrings:
+    """Watches a stream of text for the first place where a stop string is complete.
+
+    Of several that are complete at the same character, the longest counts. The answer does not depend on how the
+    text was cut into pieces.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        """Raises InvalidRequestError for an empty stop string, too many, or too long ones."""
+        if len(stops) > MAX_STOPS:
+            raise InvalidRequestError(f"at most {MAX_STOPS} stop strings are allowed, got {len(stops)}", field="stop")
+        for stop in stops:
+            if not 1 <= len(stop) <= MAX_STOP_CHARS:
+                raise InvalidRequestError(
+                    f"a stop string must have 1 to {MAX_STOP_CHARS} characters, got {len(stop)}", field="stop"
+                )
+        self._root = _automaton(stops)
+        self._state = self._root
+        self._held = ""
+        self._matched: str | None = None
+
+    def push(self, text: str) -> tuple[str, str | None]:
+        """The text that is now certain to come before any stop string, and the stop string once it is met.
+
+        After a match nothing more comes out.
+        """
+        if self._matched is not None:
+            return "", self._matched
+        state = self._state
+        for index, character in enumerate(text):
+            while state.fallback is not None and character not in state.follow:
+                state = state.fallback
+            state = state.follow.get(character, self._root)
+            if state.match is not None:
+                self._matched = state.match
+                seen = self._held + text[: index + 1]
+                self._held = ""
+                return seen[: len(seen) - len(state.match)], state.match
+        self._state = state
+        seen = self._held + text
+        certain = len(seen) - state.depth
+        self._held = seen[certain:]
+        return seen[:certain], None
+
+    def flush(self) -> str:
+        """The text held back, when the stream ends without a stop string."""
+        held, self._held = self._held, ""
+        self._state = self._root
+        return held
+
+
+def _automaton(stops: Sequence[str]) -> _State:
+    root = _State(depth=0)
+    for stop in stops:
+        state = root
+        for character in stop:
+            state = state.follow.setdefault(character, _State(depth=state.depth + 1))
+        state.match = stop
+    waiting = deque(root.follow.values())
+    for state in waiting:
+        state.fallback = root
+    while waiting:
+        state = waiting.popleft()
+        for character, child in state.follow.items():
+            shorter = state.fallback
+            while shorter is not None and character not in shorter.follow:
+                shorter = shorter.fallback
+            child.fallback = root if shorter is None else shorter.follow[character]
+            child.match = child.match or child.fallback.match
+            waiting.append(child)
+    return root
