@@ -1,0 +1,293 @@
+"""The receiver's book of open tickets: who may write where, until when, and how each ends.
+
+States as in `ticket`. `grant` opens a ticket; the data thread of the pair that brings its first
+piece becomes its holder and alone writes under it, between `begin_write` and `end_write`. Whoever
+ends a ticket meanwhile (an abort, the lease, a lost peer) only marks it; the write in progress
+finishes first, and the end is told after it. Ended tickets are remembered for a while, so that a
+late piece or question gets the true verdict.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+from kv_transfer.errors import TicketError, TransferIntegrityError
+from kv_transfer.layout import KVLayout
+from kv_transfer.ticket import ReceivedKV, TicketGrant, TicketState
+from kv_transfer.timers import Janitor, run_safely
+from protos.transfer_pb2 import PieceAnnounced
+from protos.worker_pb2 import TokenOutput
+
+_MAX_REMEMBERED = 4096
+
+
+class Holder(Protocol):
+    """The pair a ticket's KV comes over."""
+
+    def tell_settled(self, ticket_id: str, state: TicketState, reason: str) -> None:
+        """Tell the sender how its ticket ended; must not block."""
+
+
+@dataclass(slots=True, eq=False)
+class _Ticket:
+    """An open ticket."""
+
+    grant: TicketGrant
+    expires_at: float
+    missing: int
+    """(layer, token) places whose KV is not home."""
+    state: TicketState = TicketState.RESERVED
+    holder: Holder | None = None
+    home: dict[int, int] = field(default_factory=dict)
+    """layer -> bit t set: token first_token + t is home, or being written."""
+    writing: bool = False
+    doom: tuple[TicketState, str] | None = None
+    """How it ends once the write in progress is over."""
+    busy_s: float = 0.0
+    num_bytes: int = 0
+    last_home: float = 0.0
+
+
+class TicketLedger:
+    """All open tickets of one node; every method may be called from any thread and none blocks."""
+
+    def __init__(self, layout: KVLayout, janitor: Janitor, lease_s: float) -> None:
+        self._layout = layout
+        self._janitor = janitor
+        self._lease_s = lease_s
+        self._lock = threading.Lock()
+        self._open: dict[str, _Ticket] = {}
+        self._blocks: set[int] = set()
+        self._ended: OrderedDict[str, tuple[TicketState, str]] = OrderedDict()
+        self._alarm_set = False
+
+    @property
+    def num_open(self) -> int:
+        """Tickets that have not ended."""
+        return len(self._open)
+
+    # -- for the owner of the blocks
+
+    def grant(self, grant: TicketGrant) -> None:
+        """Open a ticket; TicketError if its blocks or its name cannot be right."""
+        self._check_grant(grant)
+        with self._lock:
+            if grant.ticket_id in self._open or grant.ticket_id in self._ended:
+                raise TicketError(f"ticket {grant.ticket_id} was granted before: a ticket's name is used once")
+            if shared := self._blocks.intersection(grant.block_ids):
+                raise TicketError(f"blocks {sorted(shared)} belong to another open ticket")
+            self._blocks.update(grant.block_ids)
+            missing = (grant.num_tokens - grant.first_token) * self._layout.num_layers
+            self._open[grant.ticket_id] = _Ticket(grant, time.monotonic() + self._lease_s, missing)
+            self._set_alarm()
+
+    def renew(self, owner: str) -> None:
+        """Let the leases of all tickets of an owner run anew from now."""
+        with self._lock:
+            expires_at = time.monotonic() + self._lease_s
+            for ticket in self._open.values():
+                if ticket.grant.owner == owner:
+                    ticket.expires_at = expires_at
+
+    def end(self, ticket_id: str, state: TicketState, reason: str) -> bool:
+        """End a ticket that is open; False if it is not, or is ending already."""
+        with self._lock:
+            ticket = self._open.get(ticket_id)
+            if ticket is None or ticket.doom is not None:
+                return False
+            self._end(ticket, state, reason)
+            return True
+
+    def end_all(self, reason: str, holder: Holder | None = None) -> int:
+        """Abort every ticket (of a holder, if one is named); the number of them."""
+        with self._lock:
+            tickets = [ticket for ticket in self._open.values() if holder is None or ticket.holder is holder]
+            for ticket in tickets:
+                if ticket.doom is None:
+                    self._end(ticket, TicketState.ABORTED, reason)
+            return len(tickets)
+
+    # -- for the pairs' data threads
+
+    def begin_write(self, holder: Holder, piece: PieceAnnounced) -> list[int] | None:
+        """The slots a piece goes to, [num_tokens]; None if it must be dropped.
+
+        After slots were given, end_write must follow. A piece that does not fit its ticket ends the ticket.
+        """
+        with self._lock:
+            ticket = self._held(holder, piece.ticket_id)
+            if ticket is None:
+                return None
+            if objection := self._objection(ticket, piece):
+                self._end(ticket, TicketState.ABORTED, objection)
+                return None
+            ticket.state = TicketState.RECEIVING
+            mask = self._mask(ticket, piece)
+            for layer in range(piece.first_layer, piece.first_layer + piece.num_layers):
+                ticket.home[layer] = ticket.home.get(layer, 0) | mask
+            ticket.writing = True
+            return self._slots(ticket.grant, piece.first_token, piece.num_tokens)
+
+    def end_write(self, piece: PieceAnnounced, busy_s: float, failure: str | None = None) -> None:
+        """The write of a piece is over; `failure` says why it did not succeed."""
+        with self._lock:
+            ticket = self._open[piece.ticket_id]
+            ticket.writing = False
+            ticket.busy_s += busy_s
+            ticket.num_bytes += piece.num_bytes
+            ticket.last_home = time.monotonic()
+            ticket.missing -= piece.num_layers * piece.num_tokens
+            if ticket.doom is not None:
+                self._close(ticket, *ticket.doom)
+            elif failure is not None:
+                self._end(ticket, TicketState.ABORTED, failure)
+
+    def complete(self, holder: Holder, ticket_id: str, first: TokenOutput, heard_at: float) -> None:
+        """The sender has announced everything, and all of it was handled: deliver, or abort if KV is missing."""
+        with self._lock:
+            ticket = self._held(holder, ticket_id)
+            if ticket is None:
+                return
+            grant = ticket.grant
+            if ticket.missing:
+                self._end(ticket, TicketState.ABORTED, f"KV of {ticket.missing} (layer, token) places never came")
+                return
+            if first.request_id != grant.request_id:
+                reason = f"the first token is of request {first.request_id}, the ticket of {grant.request_id}"
+                self._end(ticket, TicketState.ABORTED, reason)
+                return
+            self._close(ticket, TicketState.DELIVERED, "")
+        tail_s = max(0.0, ticket.last_home - heard_at)
+        received = ReceivedKV(ticket_id, first, ticket.busy_s, ticket.num_bytes, tail_s)
+        run_safely(partial(grant.on_ready, received), "on_ready")
+
+    # -- invariants
+
+    def check_integrity(self, idle: bool) -> None:
+        """Raise TransferIntegrityError if the book contradicts itself, or is not empty when idle."""
+        with self._lock:
+            owned = [block for ticket in self._open.values() for block in ticket.grant.block_ids]
+            if len(owned) != len(set(owned)) or set(owned) != self._blocks:
+                raise TransferIntegrityError(
+                    f"blocks {sorted(owned)} of open tickets, but {sorted(self._blocks)} booked"
+                )
+            if self._open and not self._alarm_set:
+                raise TransferIntegrityError("tickets are open and nobody watches their leases")
+            for ticket in self._open.values():
+                self._check_ticket(ticket)
+            if idle and self._open:
+                raise TransferIntegrityError(f"tickets {sorted(self._open)} are open on an idle node")
+
+    def _check_ticket(self, ticket: _Ticket) -> None:
+        grant = ticket.grant
+        places = (grant.num_tokens - grant.first_token) * self._layout.num_layers
+        claimed = sum(mask.bit_count() for mask in ticket.home.values())
+        if not ticket.writing and claimed + ticket.missing != places:
+            raise TransferIntegrityError(
+                f"ticket {grant.ticket_id}: {claimed} places home and {ticket.missing} missing make not {places}"
+            )
+        if ticket.state not in (TicketState.RESERVED, TicketState.RECEIVING):
+            raise TransferIntegrityError(f"ticket {grant.ticket_id} is open in state {ticket.state.value}")
+
+    def _check_grant(self, grant: TicketGrant) -> None:
+        block_size = self._layout.block_size
+        if grant.first_token < 0 or grant.first_token % block_size:
+            raise TicketError(f"first_token must be a multiple of the block size {block_size}, got {grant.first_token}")
+        if grant.num_tokens <= grant.first_token:
+            raise TicketError(f"no token to receive in [{grant.first_token}, {grant.num_tokens})")
+        needed = -(-(grant.num_tokens - grant.first_token) // block_size)
+        if len(grant.block_ids) != needed:
+            raise TicketError(f"{needed} blocks are needed for the tokens, got {len(grant.block_ids)}")
+        if len(set(grant.block_ids)) != needed or min(grant.block_ids) < 0:
+            raise TicketError(f"block ids must be distinct and not negative, got {list(grant.block_ids)}")
+
+    # -- below, the lock is held
+
+    def _held(self, holder: Holder, ticket_id: str) -> _Ticket | None:
+        """The open ticket, now held by that pair; else None, and its sender is told the verdict."""
+        ticket = self._open.get(ticket_id)
+        if ticket is None:
+            state, reason = self._ended.get(ticket_id, (TicketState.ABORTED, "no such ticket"))
+            holder.tell_settled(ticket_id, state, reason)
+            return None
+        if ticket.doom is not None:
+            return None
+        if ticket.holder is None:
+            ticket.holder = holder
+        elif ticket.holder is not holder:
+            holder.tell_settled(ticket_id, TicketState.ABORTED, "another pair brings this ticket's KV")
+            return None
+        return ticket
+
+    def _objection(self, ticket: _Ticket, piece: PieceAnnounced) -> str | None:
+        grant, layout = ticket.grant, self._layout
+        tokens = f"tokens [{piece.first_token}, {piece.first_token + piece.num_tokens})"
+        layers = f"layers [{piece.first_layer}, {piece.first_layer + piece.num_layers})"
+        if piece.num_tokens < 1 or piece.num_layers < 1:
+            return f"an empty piece: {tokens} of {layers}"
+        if piece.first_token < grant.first_token or piece.first_token + piece.num_tokens > grant.num_tokens:
+            return f"{tokens} are outside the ticket's [{grant.first_token}, {grant.num_tokens})"
+        if piece.first_layer < 0 or piece.first_layer + piece.num_layers > layout.num_layers:
+            return f"{layers} are outside the model's [0, {layout.num_layers})"
+        num_bytes = piece.num_layers * piece.num_tokens * layout.bytes_per_token_layer
+        if piece.num_bytes != num_bytes:
+            return f"{tokens} of {layers} are {num_bytes} bytes, {piece.num_bytes} came"
+        mask = self._mask(ticket, piece)
+        if any(
+            ticket.home.get(layer, 0) & mask for layer in range(piece.first_layer, piece.first_layer + piece.num_layers)
+        ):
+            return f"{tokens} of {layers} came twice"
+        return None
+
+    @staticmethod
+    def _mask(ticket: _Ticket, piece: PieceAnnounced) -> int:
+        return ((1 << piece.num_tokens) - 1) << (piece.first_token - ticket.grant.first_token)
+
+    def _slots(self, grant: TicketGrant, first_token: int, num_tokens: int) -> list[int]:
+        block_size = self._layout.block_size
+        first_block = grant.first_token // block_size
+        blocks: Sequence[int] = grant.block_ids
+        return [
+            blocks[token // block_size - first_block] * block_size + token % block_size
+            for token in range(first_token, first_token + num_tokens)
+        ]
+
+    def _end(self, ticket: _Ticket, state: TicketState, reason: str) -> None:
+        if ticket.writing:
+            ticket.doom = (state, reason)
+        else:
+            self._close(ticket, state, reason)
+
+    def _close(self, ticket: _Ticket, state: TicketState, reason: str) -> None:
+        ticket.state = state
+        grant = ticket.grant
+        del self._open[grant.ticket_id]
+        self._blocks.difference_update(grant.block_ids)
+        self._ended[grant.ticket_id] = (state, reason)
+        if len(self._ended) > _MAX_REMEMBERED:
+            self._ended.popitem(last=False)
+        if ticket.holder is not None:
+            ticket.holder.tell_settled(grant.ticket_id, state, reason)
+        if state is not TicketState.DELIVERED:
+            self._janitor.call_soon(partial(grant.on_end, state, reason))
+
+    def _set_alarm(self) -> None:
+        """Have the leases looked at when the first of them may end."""
+        if self._open and not self._alarm_set:
+            self._alarm_set = True
+            self._janitor.call_at(min(ticket.expires_at for ticket in self._open.values()), self._expire)
+
+    def _expire(self) -> None:
+        with self._lock:
+            self._alarm_set = False
+            now = time.monotonic()
+            for ticket in [ticket for ticket in self._open.values() if ticket.expires_at <= now]:
+                if ticket.doom is None:
+                    self._end(ticket, TicketState.EXPIRED, f"nobody renewed the lease for {self._lease_s:g} s")
+            self._set_alarm()

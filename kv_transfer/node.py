@@ -1,0 +1,187 @@
+"""The transfer of one engine process: what it sends, what it receives, behind one object.
+
+Life: made -> `start` (listens) -> `stop` (everything aborted, every thread gone). The decode side
+calls `grant`, `renew` and `abort`, the prefill side `open_send`; a node does both at once. Outgoing
+pairs are made on first use and kept until they fail or idle; incoming ones belong to `peers`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from kv_transfer.config import TransferConfig
+from kv_transfer.context import Counters, NodeContext, TransferStats
+from kv_transfer.errors import TransferIntegrityError
+from kv_transfer.handshake import Handshake, Identity, layout_objections
+from kv_transfer.jobs import SendJob
+from kv_transfer.layout import KVLayout
+from kv_transfer.ledger import TicketLedger
+from kv_transfer.peers import PeerTable
+from kv_transfer.sender import SenderPair
+from kv_transfer.staging import KVMemory
+from kv_transfer.ticket import KVTicket, SendResult, TicketGrant, TicketState
+from kv_transfer.timers import Janitor
+
+_log = logging.getLogger(__name__)
+PairKey = tuple[str, int, str]
+
+
+class TransferNode:
+    """Both ends of KV transfer for one engine process. Methods may be called from any thread and do not block."""
+
+    def __init__(
+        self,
+        *,
+        worker_id: str,
+        epoch: int,
+        layout: KVLayout,
+        memory: KVMemory,
+        config: TransferConfig,
+        secret: bytes,
+    ) -> None:
+        if not secret:
+            raise ValueError("secret must not be empty: pairs prove themselves with it")
+        identity = Identity(worker_id, epoch)
+        self._janitor = Janitor(f"kv-janitor {identity}")
+        self._context = NodeContext(
+            identity=identity,
+            layout=layout,
+            memory=memory,
+            config=config,
+            handshake=Handshake(identity, layout, config, secret),
+            ledger=TicketLedger(layout, self._janitor, config.ticket_lease_s),
+            janitor=self._janitor,
+            counters=Counters(),
+        )
+        self._peers = PeerTable(self._context)
+        self._lock = threading.Lock()
+        self._outgoing: dict[PairKey, SenderPair] = {}
+        self._alive: set[SenderPair] = set()
+        self._attempts = itertools.count(1)
+        self._address = ""
+        self._stopped = False
+
+    def start(self) -> str:
+        """Bind the control listener to a free port; returns host:port, which tickets name."""
+        self._address = self._peers.start()
+        self._janitor.start()
+        return self._address
+
+    def stop(self) -> None:
+        """Abort everything and end every thread; bounded by the timeouts of the configuration. Idempotent."""
+        config = self._context.config
+        with self._lock:
+            if self._stopped:
+                return
+            self._stopped = True
+            pairs = list(self._alive)
+        reason = f"worker {self._context.identity} stops"
+        self._context.ledger.end_all(reason)
+        for pair in pairs:
+            pair.close(reason)
+        self._peers.stop(reason)
+        deadline = time.monotonic() + config.connect_timeout_s + 2 * config.peer_timeout_s
+        ended = [pair.join(deadline) for pair in pairs]
+        ended.append(self._peers.join(deadline))
+        ended.append(self._janitor.stop(config.peer_timeout_s))
+        if not all(ended):
+            _log.error("threads of %s did not end in time", self._context.identity)
+
+    # -- sending
+
+    def open_send(self, ticket: KVTicket, on_settled: Callable[[SendResult], None]) -> SendJob:
+        """Begin sending under a ticket, over the pair to its receiver, which is made if there is none.
+
+        `on_settled` is called exactly once, from a transfer thread, when nothing reads this side's
+        KV for the ticket any more; it must not block. What is wrong with the ticket arrives there too.
+        """
+        context = self._context
+        max_places = context.piece_bytes // context.layout.bytes_per_token_layer
+        job = SendJob(ticket, on_settled, self._janitor, max_places)
+        objections = layout_objections(context.layout, ticket.layout)
+        if len(ticket.control_addresses) != ticket.layout.tp_size:
+            objections.append(f"{len(ticket.control_addresses)} addresses for {ticket.layout.tp_size} ranks")
+        if objections:
+            job.settle(TicketState.ABORTED, f"no pair with {ticket.worker_id}: {'; '.join(objections)}")
+            return job
+        key = (ticket.worker_id, ticket.epoch, ticket.control_addresses[context.layout.tp_rank])
+        with self._lock:
+            if self._stopped:
+                job.settle(TicketState.ABORTED, f"worker {context.identity} stops")
+                return job
+            pair = self._outgoing.get(key)
+            if pair is None or not pair.adopt(job):
+                self._outgoing[key] = self._new_pair(key, job)
+        return job
+
+    def _new_pair(self, key: PairKey, job: SendJob) -> SenderPair:
+        worker_id, epoch, address = key
+        pair = SenderPair(
+            self._context, Identity(worker_id, epoch), address, next(self._attempts), on_closed=self._forget
+        )
+        pair.adopt(job)
+        self._alive.add(pair)
+        pair.start()
+        return pair
+
+    def _forget(self, pair: SenderPair) -> None:
+        with self._lock:
+            self._alive.discard(pair)
+            key = (pair.receiver.worker_id, pair.receiver.epoch, pair.address)
+            if self._outgoing.get(key) is pair:
+                del self._outgoing[key]
+
+    # -- receiving
+
+    def grant(self, grant: TicketGrant) -> KVTicket:
+        """Give leave to write into blocks, until the lease ends; TicketError if the grant cannot be right."""
+        context = self._context
+        context.ledger.grant(grant)
+        return KVTicket(
+            ticket_id=grant.ticket_id,
+            request_id=grant.request_id,
+            attempt=grant.attempt,
+            worker_id=context.identity.worker_id,
+            epoch=context.identity.epoch,
+            control_addresses=(self._address,),
+            block_ids=grant.block_ids,
+            first_token=grant.first_token,
+            num_tokens=grant.num_tokens,
+            layout=context.layout,
+            expires_in_s=context.config.ticket_lease_s,
+        )
+
+    def renew(self, owner: str) -> None:
+        """Let the leases of all tickets of an owner (a router) run anew."""
+        self._context.ledger.renew(owner)
+
+    def abort(self, ticket_id: str, reason: str) -> bool:
+        """End a granted ticket; its on_end follows once no write is under way. False if it was not open."""
+        return self._context.ledger.end(ticket_id, TicketState.ABORTED, reason)
+
+    # -- looking in
+
+    def stats(self) -> TransferStats:
+        """Counters, and what is open now."""
+        with self._lock:
+            pairs = list(self._alive)
+        return self._context.counters.read(
+            open_tickets=self._context.ledger.num_open,
+            open_sends=sum(pair.num_jobs for pair in pairs),
+            pairs=len(pairs) + self._peers.num_pairs,
+        )
+
+    def check_integrity(self, idle: bool = False) -> None:
+        """Raise TransferIntegrityError if an invariant is broken; `idle`: also if any ticket or job is open."""
+        self._context.ledger.check_integrity(idle)
+        with self._lock:
+            strays = [key for key, pair in self._outgoing.items() if pair not in self._alive]
+            pairs = list(self._alive)
+        if strays:
+            raise TransferIntegrityError(f"pairs {strays} are in use but not alive")
+        if idle and (num_jobs := sum(pair.num_jobs for pair in pairs)):
+            raise TransferIntegrityError(f"{num_jobs} send jobs are open on an idle node")

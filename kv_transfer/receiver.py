@@ -1,0 +1,215 @@
+"""The receiving end of a pair: receives every announced piece in order, and writes what its ticket allows.
+
+States: CONNECTING (data channel) -> READY -> CLOSED, as at the sender. Two threads: the control thread
+reads announcements and heartbeats and never waits for data; the data thread posts the receives, checks
+digests, asks the ledger, scatters, and says the verdicts. A piece whose ticket has ended is received
+and dropped. Losing the peer aborts the tickets whose KV came over this pair.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from kv_transfer.context import NodeContext
+from kv_transfer.control import ControlConnection
+from kv_transfer.errors import ProtocolError, TransferError
+from kv_transfer.handshake import Identity
+from kv_transfer.rendezvous import PairStore
+from kv_transfer.staging import as_piece, digest_of
+from kv_transfer.ticket import TicketState
+from kv_transfer.transport import Side, Transfer, Transport, open_transport
+from protos.transfer_pb2 import ControlMessage, PairReady, PieceAnnounced, StoreSet, TicketComplete, TicketSettled
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Incoming:
+    """A piece whose receive is posted."""
+
+    piece: PieceAnnounced
+    heard_at: float
+    buffer: torch.Tensor
+    transfer: Transfer
+
+
+class ReceiverPair:
+    """One directed pair, seen from its receiver. Made once the handshake is done."""
+
+    def __init__(
+        self,
+        context: NodeContext,
+        control: ControlConnection,
+        sender: Identity,
+        attempt: int,
+        on_closed: Callable[[ReceiverPair], None],
+    ) -> None:
+        self.sender = sender
+        self.attempt = attempt
+        self._context = context
+        self._control = control
+        self._on_closed = on_closed
+        self._changed = threading.Condition()
+        self._closed = False
+        self._inbox: deque[tuple[PieceAnnounced | TicketComplete, float]] = deque()
+        self._verdicts: deque[TicketSettled] = deque()
+        self._posted: deque[_Incoming] = deque()
+        self._staging = context.new_staging()
+        self._next_number = 1
+        self._busy_until = 0.0
+        self._store = PairStore(self._publish, context.config.connect_timeout_s)
+        self._transport: Transport | None = None
+        self._thread = threading.Thread(target=self._run, name=f"kv-recv {sender}", daemon=True)
+
+    def serve(self) -> None:
+        """Agree to the pair, and be its control thread until the pair ends; returns when nothing of it is left."""
+        config = self._context.config
+        try:
+            self._control.send(ControlMessage(ready=PairReady()))
+            self._thread.start()
+            self._control.watch(
+                self._handle, pings=False, heartbeat_s=config.heartbeat_s, timeout_s=config.peer_timeout_s
+            )
+        except TransferError as error:
+            self.close(str(error))
+        finally:
+            self.close("its control thread ended")
+            if self._thread.ident is not None:
+                self._thread.join()
+            self._control.close()
+            self._on_closed(self)
+
+    def close(self, reason: str) -> None:
+        """End the pair from any thread; only the first call counts."""
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            self._changed.notify_all()
+        if self._context.ledger.end_all(f"peer {self.sender} lost: {reason}", holder=self):
+            self._context.counters.add(lost_peers=1)
+        self._store.close(reason)
+        if self._transport is not None:
+            self._transport.abort()
+        self._control.shutdown()
+
+    def tell_settled(self, ticket_id: str, state: TicketState, reason: str) -> None:
+        """Have the data thread tell the sender a verdict."""
+        with self._changed:
+            self._verdicts.append(TicketSettled(ticket_id=ticket_id, state=state.value, reason=reason))
+            self._changed.notify()
+
+    # -- the control thread
+
+    def _handle(self, message: ControlMessage) -> None:
+        kind = message.WhichOneof("message")
+        if kind == "piece":
+            self._put(message.piece)
+        elif kind == "complete":
+            self._put(message.complete)
+        elif kind == "abandoned":
+            reason = f"the sender gave it up: {message.abandoned.reason}"
+            self._context.ledger.end(message.abandoned.ticket_id, TicketState.ABORTED, reason)
+        elif kind == "store_set":
+            self._store.put(message.store_set.key, message.store_set.value)
+        else:
+            raise ProtocolError(f"{self.sender} sent {kind or 'nothing known'}, which a sender does not say")
+
+    def _put(self, item: PieceAnnounced | TicketComplete) -> None:
+        with self._changed:
+            self._inbox.append((item, time.monotonic()))
+            self._changed.notify()
+
+    # -- the data thread
+
+    def _run(self) -> None:
+        config = self._context.config
+        try:
+            options = self._context.channel_options(Side.RECEIVER)
+            self._transport = open_transport(config.transport_name, options, self._store)
+            while not self._closed:
+                self._step()
+        except TransferError as error:
+            self.close(str(error))
+        finally:
+            self.close("its data thread ended")
+            self._posted.clear()
+            if self._transport is not None:
+                self._transport.close()
+
+    def _step(self) -> None:
+        """Say verdicts, post every receive there is room for, then finish the oldest thing; or wait for news."""
+        with self._changed:
+            while not (self._inbox or self._posted or self._verdicts or self._closed):
+                self._changed.wait()
+            verdicts = list(self._verdicts)
+            self._verdicts.clear()
+        for verdict in verdicts:
+            self._control.send(ControlMessage(settled=verdict))
+        self._post_receives()
+        if self._posted:
+            self._land(self._posted.popleft())
+        elif self._inbox and isinstance(self._inbox[0][0], TicketComplete):
+            complete, heard_at = self._inbox.popleft()
+            assert isinstance(complete, TicketComplete)
+            self._context.ledger.complete(self, complete.ticket_id, complete.first, heard_at)
+
+    def _post_receives(self) -> None:
+        """Post receives for announced pieces, up to the next completion or the staging's end."""
+        assert self._transport is not None
+        while self._inbox:
+            piece, heard_at = self._inbox[0]
+            if not isinstance(piece, PieceAnnounced):
+                return
+            if piece.sequence_number != self._next_number or piece.num_bytes < 1:
+                raise ProtocolError(
+                    f"{self.sender} announced piece {piece.sequence_number} of {piece.num_bytes} bytes, "
+                    f"piece {self._next_number} was next"
+                )
+            buffer = self._staging.acquire(piece.num_bytes)
+            if buffer is None:
+                return
+            self._inbox.popleft()
+            self._next_number += 1
+            transfer = self._transport.recv(buffer[: piece.num_bytes])
+            self._posted.append(_Incoming(piece, heard_at, buffer, transfer))
+
+    def _land(self, incoming: _Incoming) -> None:
+        """Wait for a piece, check it, write it."""
+        piece, counters = incoming.piece, self._context.counters
+        incoming.transfer.wait()
+        data = incoming.buffer[: piece.num_bytes]
+        counters.add(received_bytes=piece.num_bytes, received_pieces=1)
+        if piece.has_digest and digest_of(data) != piece.digest:
+            counters.add(digest_mismatches=1)
+            self._context.ledger.end(piece.ticket_id, TicketState.ABORTED, "digest mismatch")
+        slots = self._context.ledger.begin_write(self, piece)
+        if slots is None:
+            counters.add(dropped_pieces=1)
+        else:
+            failure = self._scatter(piece, slots, data)
+            now = time.monotonic()
+            busy_s = now - max(incoming.heard_at, self._busy_until)
+            self._busy_until = now
+            self._context.ledger.end_write(piece, busy_s, failure)
+        self._staging.release(incoming.buffer)
+
+    def _scatter(self, piece: PieceAnnounced, slots: list[int], data: torch.Tensor) -> str | None:
+        """Write a piece; what went wrong, if something did."""
+        view = as_piece(data, self._context.layout, piece.num_layers, piece.num_tokens)
+        try:
+            self._context.memory.scatter(piece.first_layer, piece.num_layers, slots, view)
+        except Exception as error:
+            _log.exception("writing KV of ticket %s failed", piece.ticket_id)
+            return f"writing KV failed: {error!r}"
+        return None
+
+    def _publish(self, key: str, value: bytes) -> None:
+        self._control.send(ControlMessage(store_set=StoreSet(key=key, value=value)))
