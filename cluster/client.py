@@ -23,6 +23,7 @@ import grpc.aio
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from cluster.run_dir import Phase, RunDir
 from protos.inference_pb2 import (
     CancelRequest,
     Chat,
@@ -204,7 +205,13 @@ def find_endpoint(address: str | None, *, api_key: str | None = None, tls_ca: Pa
 
 
 def _running_address() -> str:
-    raise NoClusterError("no cluster is running: start one with `pdserve up`, or name its address with --address")
+    run_dir = RunDir.default()
+    state = run_dir.running()
+    if state is None:
+        raise NoClusterError("no cluster is running: start one with `pdserve up`, or name its address with --address")
+    if state.phase is not Phase.READY or not state.routers:
+        raise NoClusterError(f"the cluster in {run_dir.path} is {state.phase.value}: see `pdserve status`")
+    return state.routers[0]
 
 
 def translate(error: grpc.aio.AioRpcError, address: str) -> ClientError:

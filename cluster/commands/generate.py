@@ -73,7 +73,7 @@ def _make_request(sampling: Sampling, prompt: str | None, system: str | None, **
     else:
         _add_prompt(request, prompt, chat=options["chat"], system=system)
     request.sampling.CopyFrom(sampling)
-    request.sampling.ignore_eos = options["ignore_eos"]
+    set_field(request.sampling, "ignore_eos", options["ignore_eos"] or None)
     set_field(request.sampling, "logprobs", options["logprobs"])
     if options["deadline"] is not None:
         request.deadline_s = options["deadline"]
