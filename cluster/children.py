@@ -53,6 +53,12 @@ class Child:
         """Send a signal, unless the process is gone."""
         send_signal(self.ref, number)
 
+    async def read_stdout(self) -> asyncio.StreamReader:
+        """The output of a child that was spawned with `pipe`; to be called once."""
+        reader = asyncio.StreamReader()
+        await self.exited.get_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), self.stdout)
+        return reader
+
 
 def send_signal(ref: ProcessRef, number: signal.Signals) -> None:
     """Send a signal to that very process, never to a later one of its pid."""
@@ -114,6 +120,14 @@ class Children:
 
         self._loop.add_reader(descriptor, ended)
         return child
+
+    def try_adopt(self, ref: ProcessRef) -> Child | None:
+        """Watch that very process; None if it is gone."""
+        with contextlib.suppress(ProcessLookupError):
+            child = self.adopt("orphan", ref.pid)
+            if child.ref == ref:
+                return child
+        return None
 
     def _reap(self) -> None:
         while True:

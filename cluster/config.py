@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict, TypeAdapter
 
 from cluster.yaml_config import ConfigError, load
+from decode_pool.config import DecodeOptions
 from engine.config import CacheOptions, EngineOptions, ModelOptions
 from kv_transfer.config import TransferConfig
 from router.config import RouterConfig
@@ -138,6 +139,8 @@ class ClusterConfig:
     """Workers that compute prompts; not started when mode is colocated."""
     decode: PoolConfig = field(default_factory=PoolConfig)
     """Workers that generate tokens."""
+    admission: DecodeOptions = field(default_factory=DecodeOptions)
+    """How freely decode workers promise their blocks."""
     transfer: TransferConfig = field(default_factory=TransferConfig)
     """How KV travels between workers."""
     router: RouterConfig = field(default_factory=RouterConfig)

@@ -1,4 +1,4 @@
-"""Starts a Ray head for one machine, on loopback, and exits: `python -m cluster.ray_head FILE`, the file holding `HeadSettings`.
+"""Starts a Ray head for one machine, on loopback, and exits: `python -m cluster.ray_head SETTINGS_FILE`.
 
 `ray start --head` would do, but for three things: it moves a loopback address to the machine's outward
 one, it puts the Redis password into the arguments of every process, and it starts a dashboard server and
@@ -10,6 +10,7 @@ raylet, which minds its own agents and workers. Prints one line of JSON: a `Head
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import sys
@@ -57,13 +58,12 @@ def gcs_environment(settings: HeadSettings) -> dict[str, str]:
 
 def start(settings: HeadSettings) -> HeadProcesses:
     """Start gcs_server and raylet, and return once the node is known to the GCS."""
-    from ray._private import services
-    from ray._private.node import Node
-    from ray._private.parameter import RayParams
-
+    services: Any = importlib.import_module("ray._private.services")
+    node_class: Any = importlib.import_module("ray._private.node").Node
+    params: Any = importlib.import_module("ray._private.parameter").RayParams
     gcs_argv: list[str] = []
 
-    class Head(Node):  # type: ignore[misc]
+    class Head(node_class):  # type: ignore[misc]
         """A head without dashboard and autoscaler, whose arguments carry no password."""
 
         def start_head_processes(self) -> None:
@@ -72,8 +72,8 @@ def start(settings: HeadSettings) -> HeadProcesses:
 
             def spawn_with_password(command: list[str], *args: Any, **kwargs: Any) -> Any:
                 gcs_argv.extend([*command, f"--fromenv={PASSWORD_FLAG}"] if settings.redis_password else command)
-                updates = {**(kwargs.pop("env_updates", None) or {}), **gcs_environment(settings)}
-                return spawn(gcs_argv, *args, env_updates=updates, **kwargs)
+                kwargs["env_updates"] = {**(kwargs.get("env_updates") or {}), **gcs_environment(settings)}
+                return spawn(gcs_argv, *args, **kwargs)
 
             services.start_ray_process = spawn_with_password
             try:
@@ -84,7 +84,7 @@ def start(settings: HeadSettings) -> HeadProcesses:
             self._write_cluster_info_to_kv()
 
     node = Head(
-        RayParams(
+        params(
             node_ip_address="127.0.0.1",
             gcs_server_port=settings.gcs_port,
             external_addresses=[settings.redis_address, settings.redis_address],

@@ -74,7 +74,7 @@ class Valkey:
                 log=log,
                 pipe=True,
             )
-        reader = await _open_reader(child)
+        reader = await child.read_stdout()
         ready = asyncio.get_running_loop().create_future()
         self._copying = asyncio.create_task(_copy_log(reader, log_path, ready))
         self.child = child
@@ -113,12 +113,6 @@ class Valkey:
                 "",
             ]
         )
-
-
-async def _open_reader(child: Child) -> asyncio.StreamReader:
-    reader = asyncio.StreamReader()
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), child.stdout)
-    return reader
 
 
 async def _copy_log(reader: asyncio.StreamReader, path: Path, ready: asyncio.Future[None]) -> None:

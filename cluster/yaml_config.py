@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -156,15 +156,14 @@ class _Explainer:
         path: Location = ()
         data = self._document.data
         for part in location:
-            if (
-                isinstance(data, dict)
-                and part in data
-                or (isinstance(data, list) and isinstance(part, int) and part < len(data))
-            ):
-                data = data[part]
+            if isinstance(data, dict):
                 path = (*path, part)
-            elif isinstance(data, dict):
-                return (*path, part)
+                if part not in data:
+                    break
+                data = data[part]
+            elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+                path = (*path, part)
+                data = data[part]
         return path
 
     def _line(self, path: Location) -> int:
@@ -235,9 +234,7 @@ def _keys_at(kind: type, path: Location) -> list[str]:
 def _hints(kind: Any) -> dict[str, Any]:
     if not (isinstance(kind, type) and is_dataclass(kind)):
         return {}
-    import typing
-
-    hints = typing.get_type_hints(kind)
+    hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in fields(kind)}
 
 
