@@ -55,12 +55,16 @@ class EngineHost:
         self.decode = decode
         self.transfer = transfer
         self.secret = secret
+        self.draining = False
+        """Whether new work is refused."""
         self._session: HostSession | None = None
+        self._idle = threading.Condition()
         self._server = EngineServer(socket_path, self._open)
 
     def start(self) -> None:
         """Warm the kernels, start the loop, listen for a front."""
         self.engine.runner.warm_up()
+        self.engine.loop.on_idle = self._on_idle
         self.engine.start()
         self._server.start()
 
@@ -70,6 +74,12 @@ class EngineHost:
         if self._session is not None:
             self._session.close()
         self.engine.stop()
+
+    def drain(self, timeout_s: float) -> bool:
+        """Refuse new work and wait for what runs; False if time was up first."""
+        self.draining = True
+        with self._idle:
+            return self._idle.wait_for(lambda: self._session is None or self._session.num_open() == 0, timeout_s)
 
     def stats(self) -> pb.WorkerStats:
         """Counters and gauges of the engine and of the present epoch's transfers."""
@@ -86,6 +96,10 @@ class EngineHost:
             head_dim=runner.config.head_dim,
             dtype=str(runner.dtype).removeprefix("torch."),
         )
+
+    def _on_idle(self) -> None:
+        with self._idle:
+            self._idle.notify_all()
 
     def _open(self, send: Send) -> HostSession:
         self._session = HostSession(self, send)
@@ -141,7 +155,14 @@ class HostSession:
             stats.received_bytes = transfer.received_bytes
             stats.digest_mismatches = transfer.digest_mismatches
             stats.num_reserved = len(self._decode.holders())
+            stats.open_sends = transfer.open_sends
+            stats.num_pairs = transfer.pairs
+            stats.lost_peers = transfer.lost_peers
         return stats
+
+    def num_open(self) -> int:
+        """Requests of any phase that this epoch still has."""
+        return sum(worker.num_open() for worker in (self._prefill, self._decode) if worker is not None)
 
     def _start(self, start: pb.StartEngine) -> pb.WorkerDescription:
         identity, host = start.identity, self._host
@@ -222,7 +243,9 @@ class HostSession:
             self._answer(command.call_id, _not_started)
             return
         kind, call_id = command.WhichOneof("command"), command.call_id
-        if kind == "reserve":
+        if self._host.draining and kind in ("reserve", "prefill"):
+            self._answer(call_id, _draining)
+        elif kind == "reserve":
             self._answer(call_id, lambda: pb.EngineReply(reserve=decode.reserve(command.reserve)))
         elif kind == "prefill":
             self._start_prefill(prefill, command)
@@ -271,6 +294,10 @@ class HostSession:
         if call_id:
             reply.call_id = call_id
             self._send(pb.EngineEvent(reply=reply))
+
+
+def _draining() -> pb.EngineReply:
+    raise CapacityError("this worker is draining")
 
 
 def _not_started() -> pb.EngineReply:

@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from engine.engine import Engine
 from engine.sequence import Sequence
 from kv_transfer.node import TransferNode
-from kv_transfer.receiver import ReceivedKV, TicketGrant
-from kv_transfer.ticket import KVTicket, TicketState
+from kv_transfer.ticket import KVTicket, ReceivedKV, TicketGrant, TicketState
 from protos import worker_pb2 as pb
 
 Key = tuple[str, int]

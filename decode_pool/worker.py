@@ -21,7 +21,7 @@ from engine.engine import Engine
 from engine.errors import CapacityError
 from engine.sequence import Sequence
 from kv_transfer.node import TransferNode
-from kv_transfer.receiver import ReceivedKV
+from kv_transfer.ticket import ReceivedKV
 from protos import worker_pb2 as pb
 
 Emit = Callable[[str, pb.TokenOutput], None]
@@ -58,7 +58,7 @@ class DecodeWorker:
 
         Raises InvalidRequestError for one that can never run here, CapacityError when there is no room now.
         """
-        request = wire.request_from_proto(message.request)
+        request = wire.request_from_wire(message.request)
         self._engine.validate(request)
         key = (request.request_id, request.attempt)
         if key in self._running or any(_key(sequence) == key for sequence in self._intake.sequences()):
@@ -96,7 +96,7 @@ class DecodeWorker:
     def on_output(self, sequence: Sequence, output: TokenOutput) -> None:
         """The engine has new tokens, or an ending, for a sequence."""
         entry = self._running[_key(sequence)]
-        message = wire.output_to_proto(output)
+        message = wire.output_to_wire(output)
         if not entry.reported:
             entry.reported = True
             message.timing.CopyFrom(self._first_timing(entry))
@@ -159,7 +159,7 @@ class DecodeWorker:
             finish_reason=FinishReason.FAILED,
             reason=reason,
         )
-        self._emit(sequence.owner, wire.output_to_proto(output))
+        self._emit(sequence.owner, wire.output_to_wire(output))
 
     @staticmethod
     def _first_timing(entry: _Running) -> pb.DecodeTiming:

@@ -119,12 +119,16 @@ class Engine:
         self.loop.on_step = lambda emitted: _collect(collected, emitted)
         now = time.monotonic()
         sequences = [Sequence.from_request(request, now + index * 1e-9) for index, request in enumerate(requests)]
-        self.loop.post(lambda: [self.scheduler.add(sequence) for sequence in sequences] and None)
+        self.loop.post(lambda: self._add_all(sequences))
         deadline = now + timeout_s
         for request in requests:
             if not collected[request.request_id].done.wait(max(0.0, deadline - time.monotonic())):
                 raise EngineError(f"request {request.request_id} was not answered within {timeout_s} s")
         return [collected[request.request_id].outputs for request in requests]
+
+    def _add_all(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            self.scheduler.add(sequence)
 
     def check_integrity(self, reserved: Iterable[Sequence] = ()) -> None:
         """Raise IntegrityError unless all blocks are held by exactly those who should (loop thread only)."""

@@ -53,6 +53,8 @@ class EngineLink:
         """Set while STARTED."""
         self.lost = asyncio.Event()
         """Set when the present epoch is over; a new Event comes with each epoch."""
+        self.news = asyncio.Condition()
+        """Notified when `stats` or `state` have changed."""
         self.on_started: Callable[[], Awaitable[None]] | None = None
         """Awaited each time STARTED is reached."""
         self._socket_path = socket_path
@@ -79,6 +81,11 @@ class EngineLink:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
 
+    async def restart(self) -> None:
+        """Give up this epoch and start another with the same engine."""
+        if self._client is not None:
+            await self._client.close()
+
     async def call(self, command: pb.EngineCommand, timeout_s: float) -> pb.EngineReply:
         """Ask the engine; EngineGoneError if there is none or it does not answer in time."""
         return await self._started_client().call(command, timeout_s)
@@ -104,7 +111,7 @@ class EngineLink:
             except Exception:
                 log.exception("starting an epoch failed; trying again")
             finally:
-                self._end_epoch()
+                await self._end_epoch()
                 await client.close()
             await asyncio.sleep(RETRY_S)
 
@@ -126,15 +133,20 @@ class EngineLink:
         """Until the engine is gone: ping it, which brings its stats."""
         while not client.closed.is_set():
             reply = await client.call(pb.EngineCommand(renew=pb.RenewLeases()), PING_TIMEOUT_S)
-            self.stats = reply.stats
+            await self._tell(reply.stats)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(client.closed.wait(), PING_PERIOD_S)
 
-    def _end_epoch(self) -> None:
+    async def _tell(self, stats: pb.WorkerStats) -> None:
+        async with self.news:
+            self.stats = stats
+            self.news.notify_all()
+
+    async def _end_epoch(self) -> None:
         self.started.clear()
         self.lost.set()
         self._client = None
-        self.stats = pb.WorkerStats()
+        await self._tell(pb.WorkerStats())
         if self.state is LinkState.STARTED:
             self.state = LinkState.CONNECTING
             log.warning("epoch %d of worker %s is over", self.epoch, self._worker_id)

@@ -44,6 +44,8 @@ class EngineLoop:
         self.scheduler = scheduler
         self.on_step: OnStep | None = None
         self.step_hook: StepHook | None = None
+        self.on_idle: Callable[[], None] | None = None
+        """Called when there is nothing to compute, before the thread sleeps."""
         self._runner = runner
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
@@ -99,6 +101,8 @@ class EngineLoop:
         idle = True
         while self._take_in(wait=idle):
             idle = not self.step()
+            if idle and self.on_idle is not None:
+                self.on_idle()
 
     def _take_in(self, *, wait: bool) -> bool:
         """Call everything in the inbox (waiting for the first if there is nothing else to do); False to end."""

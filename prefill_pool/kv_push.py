@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from engine.batch import ScheduledSequence
 from engine.sequence import Sequence
+from kv_transfer.jobs import SendJob
 from kv_transfer.ticket import KVTicket
-from kv_transfer.sender import SendJob
 from protos import worker_pb2 as pb
 
 

@@ -24,10 +24,14 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
     """`pdserve.v1.PrefillWorker` over the worker's engine link."""
 
     def __init__(self, link: EngineLink) -> None:
+        self.draining = False
+        """Whether new prefills are refused."""
         self._link = link
 
     async def Prefill(self, request: pb.PrefillRequest, context: Context) -> pb.PrefillReply:
         """Have the engine compute a prompt; ends with the caller if the caller goes away."""
+        if self.draining:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "this worker is draining")
         await check_epoch(self._link, request.epoch, context)
         timeout_s = request.request.deadline_s or MAX_PREFILL_S
         try:

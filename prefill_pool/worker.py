@@ -22,8 +22,7 @@ from engine.engine import Engine
 from engine.errors import CapacityError, EngineError, InvalidRequestError
 from engine.sequence import Sequence
 from kv_transfer.node import TransferNode
-from kv_transfer.sender import SendResult
-from kv_transfer.ticket import KVTicket
+from kv_transfer.ticket import KVTicket, SendResult
 from prefill_pool.kv_push import KVPush
 from protos import worker_pb2 as pb
 
@@ -63,7 +62,7 @@ class PrefillWorker:
 
     def prefill(self, message: pb.PrefillRequest, answer: Answer) -> None:
         """Queue a prompt; `answer` gets the reply with its first token, or the error that ended it."""
-        request = wire.request_from_proto(message.request)
+        request = wire.request_from_wire(message.request)
         self._engine.validate(request)
         key = (request.request_id, request.attempt)
         if key in self._tasks:
@@ -131,7 +130,7 @@ class PrefillWorker:
         if output.finish_reason is FinishReason.FAILED:
             self._end(task, output.reason)
             return
-        first = wire.output_to_proto(output)
+        first = wire.output_to_wire(output)
         task.state = TaskState.SENDING
         task.push.finish(first)
         task.answer(

@@ -262,7 +262,7 @@ class DecodeTiming(_message.Message):
     def __init__(self, transfer_tail_s: _Optional[float] = ..., transfer_busy_s: _Optional[float] = ..., transfer_bytes: _Optional[int] = ..., first_step_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ...) -> None: ...
 
 class WorkerStats(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_reserved", "free_blocks", "num_blocks", "waiting_tokens", "open_tickets", "steps", "computed_tokens", "cached_tokens", "preemptions", "sent_bytes", "received_bytes", "digest_mismatches", "generated_tokens", "findable_blocks")
+    __slots__ = ("num_running", "num_waiting", "num_reserved", "free_blocks", "num_blocks", "waiting_tokens", "open_tickets", "steps", "computed_tokens", "cached_tokens", "preemptions", "sent_bytes", "received_bytes", "digest_mismatches", "generated_tokens", "findable_blocks", "open_sends", "num_pairs", "lost_peers")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_RESERVED_FIELD_NUMBER: _ClassVar[int]
@@ -279,6 +279,9 @@ class WorkerStats(_message.Message):
     DIGEST_MISMATCHES_FIELD_NUMBER: _ClassVar[int]
     GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINDABLE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    OPEN_SENDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PAIRS_FIELD_NUMBER: _ClassVar[int]
+    LOST_PEERS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_reserved: int
@@ -295,7 +298,10 @@ class WorkerStats(_message.Message):
     digest_mismatches: int
     generated_tokens: int
     findable_blocks: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_reserved: _Optional[int] = ..., free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., open_tickets: _Optional[int] = ..., steps: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., digest_mismatches: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., findable_blocks: _Optional[int] = ...) -> None: ...
+    open_sends: int
+    num_pairs: int
+    lost_peers: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_reserved: _Optional[int] = ..., free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., open_tickets: _Optional[int] = ..., steps: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., digest_mismatches: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., findable_blocks: _Optional[int] = ..., open_sends: _Optional[int] = ..., num_pairs: _Optional[int] = ..., lost_peers: _Optional[int] = ...) -> None: ...
 
 class AttachEvent(_message.Message):
     __slots__ = ("description", "outputs", "stats", "draining")

@@ -8,10 +8,10 @@ from engine.sequence import Sequence, SequenceStatus
 from tests.engine.toy import ToyRunner, expected_answer, make_request, make_scheduler
 
 
-def run_to_end(scheduler: Scheduler, runner: ToyRunner, max_steps: int = 5000) -> dict[str, list]:
+def run_to_end(scheduler: Scheduler, runner: ToyRunner, held: tuple[Sequence, ...] = ()) -> dict[str, list]:
     """Step until nothing is left; returns each request's outputs."""
     outputs: dict[str, list] = {}
-    for _ in range(max_steps):
+    for _ in range(5000):
         plan = scheduler.schedule()
         if plan is None:
             assert not scheduler.sequences(), "sequences are left, but nothing can be computed"
@@ -19,7 +19,7 @@ def run_to_end(scheduler: Scheduler, runner: ToyRunner, max_steps: int = 5000) -
         assert plan.num_tokens <= 16
         for sequence, output in scheduler.update(plan, runner.run(plan)):
             outputs.setdefault(sequence.request.request_id, []).append(output)
-        scheduler.pool.check_integrity([item.block_ids for item in scheduler.sequences()])
+        scheduler.pool.check_integrity([item.block_ids for item in {*scheduler.sequences(), *held}])
     raise AssertionError("no end in sight")
 
 
@@ -134,7 +134,7 @@ def test_a_prefill_only_sequence_keeps_its_blocks_until_released():
     sequence = Sequence.from_request(make_request("p", list(range(9))), 0.0)
     sequence.prefill_only = True
     scheduler.add(sequence)
-    outputs = run_to_end(scheduler, runner)["p"]
+    outputs = run_to_end(scheduler, runner, held=(sequence,))["p"]
     assert tokens_of(outputs) == expected_answer(list(range(9)), 1)
     assert outputs[0].finish_reason is None
     assert scheduler.pool.num_free == 13

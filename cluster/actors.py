@@ -1,0 +1,252 @@
+"""What Ray runs: one front and one engine process per worker, and the routers.
+
+Plain classes; `pool` makes them Ray actors. Each is a process of its own: when one dies Ray starts it
+again (`max_restarts`), and the worker comes back with a new epoch. SIGTERM drains, within `drain_s`.
+No token ever passes through a Ray call.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cluster import logs, metrics
+from cluster.config import ClusterConfig, PoolConfig, from_plain
+from cluster.front import FrontOptions, FrontState, WorkerFront
+from cluster.loop_thread import LoopThread
+from cluster.run_dir import RunDir
+from cluster.sigterm import on_sigterm
+from engine.ipc import socket_path
+from protos import worker_pb2 as pb
+from router.store import RedisStore, RouterRecord
+
+log = logging.getLogger(__name__)
+
+START_S = 60.0
+STOP_S = 15.0
+EXIT_DRAINED = 0
+
+WORKER_COUNTERS = (
+    "steps",
+    "computed_tokens",
+    "cached_tokens",
+    "generated_tokens",
+    "preemptions",
+    "sent_bytes",
+    "received_bytes",
+    "digest_mismatches",
+    "lost_peers",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerSpec:
+    """One worker, as its processes need to know it."""
+
+    worker_id: str
+    pool: Literal["prefill", "decode"]
+    role: Literal["prefill", "decode", "both"]
+    config: dict[str, Any]
+    """The validated YAML as plain data."""
+    run_dir: str
+    redis_url: str
+
+    def pool_config(self, config: ClusterConfig) -> PoolConfig:
+        """The settings of this worker's pool."""
+        return config.prefill if self.pool == "prefill" else config.decode
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RouterSpec:
+    """One router, as its process needs to know it."""
+
+    router_id: str
+    config: dict[str, Any]
+    run_dir: str
+    redis_url: str
+
+
+def _setup(role: str, name: str, config: ClusterConfig, run_dir: str, redis_url: str) -> bytes:
+    """Logs and the cluster secret of a process."""
+    directory = RunDir(Path(run_dir))
+    secret = directory.secret("cluster")
+    log_dir = Path(config.observability.log_dir) if config.observability.log_dir else directory.logs
+    logs.configure(
+        role,
+        worker_id=name,
+        level=config.observability.log_level,
+        target=log_dir / f"{name}-{role}.log",
+        secrets=[secret, _password(redis_url)],
+    )
+    return secret.encode()
+
+
+def _password(url: str) -> str:
+    return url.partition("@")[0].rpartition(":")[2] if "@" in url else ""
+
+
+def _stats(message: pb.WorkerStats) -> dict[str, float]:
+    return {field.name: getattr(message, field.name) for field in pb.WorkerStats.DESCRIPTOR.fields}
+
+
+class EngineActor:
+    """One rank of a worker: the model, its KV cache, its transfers."""
+
+    def __init__(self, spec: WorkerSpec, rank: int = 0) -> None:
+        """Load the model and warm the kernels; raises ModelError for a model that cannot be used."""
+        from cluster.engine_host import EngineHost
+        from engine.engine import Engine
+
+        config = from_plain(spec.config)
+        secret = _setup(f"engine{rank}", spec.worker_id, config, spec.run_dir, spec.redis_url)
+        pool = spec.pool_config(config)
+        engine = Engine(config.model, config.cache, pool)
+        self._drain_s = config.drain_s
+        self._host = EngineHost(
+            engine,
+            role=spec.role,
+            model_name=config.model.name or engine.runner.source.name,
+            max_running=pool.max_running,
+            decode=config.admission,
+            transfer=config.transfer,
+            secret=secret,
+            socket_path=socket_path(spec.run_dir, spec.worker_id),
+        )
+        self._host.start()
+        collector = metrics.StatsCollector("engine", lambda: _stats(self._host.stats()), counters=WORKER_COUNTERS)
+        self._metrics = metrics.serve([collector], host=config.observability.metrics_host)
+        on_sigterm(self._on_sigterm)
+        log.info("engine ready", extra={"num_blocks": engine.pool.num_blocks, "metrics": self._metrics.address})
+
+    def ready(self) -> dict[str, Any]:
+        """Answers once the engine is up."""
+        return {"pid": os.getpid(), "metrics_address": self._metrics.address}
+
+    def stop(self) -> None:
+        """End everything; the process may be killed afterwards."""
+        self._host.stop()
+
+    def _on_sigterm(self) -> None:
+        log.info("SIGTERM: draining the engine")
+        self._host.drain(self._drain_s)
+        os._exit(EXIT_DRAINED)
+
+
+class FrontActor:
+    """A worker's front process."""
+
+    def __init__(self, spec: WorkerSpec, engine_socket: str) -> None:
+        config = from_plain(spec.config)
+        secret = _setup("front", spec.worker_id, config, spec.run_dir, spec.redis_url)
+        collector = metrics.StatsCollector("worker", self._metric_values, counters=WORKER_COUNTERS)
+        self._metrics = metrics.serve([collector], host=config.observability.metrics_host)
+        self._drain_s = config.drain_s
+        self._start_s = config.start_timeout_s
+        self._loop = LoopThread("front")
+        options = FrontOptions(
+            worker_id=spec.worker_id,
+            pool=spec.pool,
+            role=spec.role,
+            host=spec.pool_config(config).host,
+            socket_path=engine_socket,
+            secret=secret,
+            metrics_address=self._metrics.address,
+        )
+        self._front = self._loop.run(self._make(options, spec.redis_url), START_S)
+        on_sigterm(self._on_sigterm)
+
+    def ready(self) -> dict[str, Any]:
+        """Answers once the worker serves."""
+        self._loop.run(self._front.ready(self._start_s), self._start_s + START_S)
+        return {**self._front.status(), "pid": os.getpid()}
+
+    def drain(self, timeout_s: float) -> dict[str, Any]:
+        """Take nothing new, wait for what runs, leave the registry; says what was left."""
+        finished = self._loop.run(self._front.drain(timeout_s), timeout_s + STOP_S)
+        status = self._front.status()
+        self._loop.run(self._front.stop(), STOP_S)
+        return {"finished": finished, **status}
+
+    def status(self) -> dict[str, Any]:
+        """State, identity, stats."""
+        return {**self._front.status(), "pid": os.getpid()}
+
+    @staticmethod
+    async def _make(options: FrontOptions, redis_url: str) -> WorkerFront:
+        front = WorkerFront(options, RedisStore(redis_url))
+        await front.start()
+        return front
+
+    def _metric_values(self) -> dict[str, float]:
+        front = self._front
+        return {
+            **_stats(front.link.stats),
+            "epoch": front.link.epoch,
+            "ready": float(front.state is FrontState.SERVING),
+        }
+
+    def _on_sigterm(self) -> None:
+        log.info("SIGTERM: draining the worker")
+        self.drain(self._drain_s)
+        os._exit(EXIT_DRAINED)
+
+
+class RouterActor:
+    """A router process."""
+
+    def __init__(self, spec: RouterSpec) -> None:
+        config = from_plain(spec.config)
+        secret = _setup("router", spec.router_id, config, spec.run_dir, spec.redis_url)
+        self._drain_s = config.drain_s
+        self._stopped = threading.Event()
+        self._loop = LoopThread("router")
+        collector = metrics.StatsCollector("router", self._metric_values)
+        observability = config.observability
+        self._metrics = metrics.serve([collector], host=observability.metrics_host, port=observability.metrics_port)
+        self._app, self._address = self._loop.run(self._make(spec, config, secret), START_S)
+        on_sigterm(self._on_sigterm)
+
+    def ready(self) -> dict[str, Any]:
+        """Answers once the router listens."""
+        return {**self._names(), "pid": os.getpid()}
+
+    def drain(self, timeout_s: float) -> dict[str, Any]:
+        """Take nothing new, wait for what runs, then stop listening."""
+        self._loop.run(self._app.drain(timeout_s), timeout_s + STOP_S)
+        self._loop.run(self._app.stop(), STOP_S)
+        return self._names()
+
+    def status(self) -> dict[str, Any]:
+        """Workers as this router sees them, requests in flight."""
+        return {**self._names(), **self._app.status(), "pid": os.getpid()}
+
+    def _names(self) -> dict[str, Any]:
+        return {"address": self._address, "metrics_address": self._metrics.address}
+
+    async def _make(self, spec: RouterSpec, config: ClusterConfig, secret: bytes) -> Any:
+        from router.app import RouterApp
+
+        app = RouterApp(
+            config=config.router,
+            model=config.model,
+            mode=config.mode,
+            store=RedisStore(spec.redis_url),
+            secret=secret,
+            router_id=spec.router_id,
+        )
+        return app, await app.start()
+
+    def _metric_values(self) -> dict[str, Any]:
+        return asdict(self._app.stats())
+
+    def _on_sigterm(self) -> None:
+        log.info("SIGTERM: draining the router")
+        self.drain(self._drain_s)
+        os._exit(EXIT_DRAINED)
+
+
+__all__ = ["EngineActor", "FrontActor", "RouterActor", "RouterRecord", "RouterSpec", "WorkerSpec"]

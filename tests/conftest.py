@@ -1,0 +1,18 @@
+"""Fixtures for all tests: tiny checkpoints, and the demo model where it has been fetched."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+from tests.engine.checkpoints import CheckpointFamily, make_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of a few layers with a real tokenizer and chat template."""
+    return make_checkpoint(tmp_path_factory.mktemp("tiny-llama"), CheckpointFamily.LLAMA, tied=True)

@@ -1,0 +1,149 @@
+import asyncio
+import threading
+from pathlib import Path
+
+import pytest
+
+from engine.ipc import EngineClient, EngineGoneError, EngineServer, socket_path
+from engine.link import EngineLink
+from protos import worker_pb2 as pb
+
+
+class EchoSession:
+    """Answers starts and renewals, keeps what it was told."""
+
+    def __init__(self, send, log: list) -> None:
+        self.send = send
+        self.log = log
+        self.closed = threading.Event()
+
+    def handle(self, command: pb.EngineCommand) -> None:
+        kind = command.WhichOneof("command")
+        self.log.append(kind)
+        if kind == "start":
+            description = pb.WorkerDescription(identity=command.start.identity)
+            self.send(pb.EngineEvent(reply=pb.EngineReply(call_id=command.call_id, description=description)))
+        elif kind == "renew":
+            self.send(pb.EngineEvent(reply=pb.EngineReply(call_id=command.call_id, stats=pb.WorkerStats(steps=7))))
+            outputs = [pb.RouterOutputs(router_id="r", outputs=[pb.TokenOutput(request_id="x")])]
+            self.send(pb.EngineEvent(step=pb.StepEvent(outputs=outputs)))
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+@pytest.fixture
+def served(tmp_path):
+    log: list[str] = []
+    sessions: list[EchoSession] = []
+
+    def open_session(send):
+        sessions.append(EchoSession(send, log))
+        return sessions[-1]
+
+    server = EngineServer(str(tmp_path / "e.sock"), open_session)
+    server.start()
+    yield str(tmp_path / "e.sock"), sessions, log
+    server.stop()
+    for session in sessions:
+        assert session.closed.wait(5.0)
+
+
+def test_calls_are_answered_and_steps_arrive(served):
+    path, _, _ = served
+    steps = []
+
+    async def main():
+        client = EngineClient(steps.append)
+        await client.connect(path)
+        reply = await client.call(pb.EngineCommand(renew=pb.RenewLeases()), 5.0)
+        assert reply.stats.steps == 7
+        await client.call(pb.EngineCommand(renew=pb.RenewLeases()), 5.0)
+        await client.close()
+
+    asyncio.run(main())
+    assert steps[0].outputs[0].outputs[0].request_id == "x"
+
+
+def test_an_unanswered_call_ends_in_time_and_names_itself(served):
+    path, _, _ = served
+
+    async def main():
+        client = EngineClient(lambda step: None)
+        await client.connect(path)
+        with pytest.raises(EngineGoneError, match="did not answer `drain` within 0.05 s"):
+            await client.call(pb.EngineCommand(drain=pb.DrainEngine()), 0.05)
+        await client.close()
+
+    asyncio.run(main())
+
+
+def test_a_newcomer_replaces_the_front_before(served):
+    path, sessions, _ = served
+
+    async def main():
+        first, second = EngineClient(lambda step: None), EngineClient(lambda step: None)
+        await first.connect(path)
+        await first.call(pb.EngineCommand(renew=pb.RenewLeases()), 5.0)
+        await second.connect(path)
+        await asyncio.wait_for(first.closed.wait(), 5.0)
+        assert sessions[0].closed.wait(5.0)
+        with pytest.raises(EngineGoneError):
+            first.send(pb.EngineCommand(drain=pb.DrainEngine()))
+        await second.call(pb.EngineCommand(renew=pb.RenewLeases()), 5.0)
+        await first.close()
+        await second.close()
+
+    asyncio.run(main())
+
+
+def test_a_link_draws_a_new_epoch_after_each_loss(served):
+    path, sessions, log = served
+    epochs = iter([3, 8])
+
+    async def next_epoch():
+        return next(epochs)
+
+    async def main():
+        link = EngineLink(socket_path=path, worker_id="w", next_epoch=next_epoch, on_step=lambda step: None)
+        link.open()
+        await asyncio.wait_for(link.started.wait(), 5.0)
+        assert link.epoch == 3
+        lost = link.lost
+        await link.restart()
+        await asyncio.wait_for(lost.wait(), 5.0)
+        await asyncio.wait_for(link.started.wait(), 5.0)
+        assert link.epoch == 8
+        await link.close()
+
+    asyncio.run(main())
+    assert log.count("start") == 2
+    assert sessions[0].closed.is_set()
+
+
+def test_a_link_waits_for_an_engine_that_is_not_there_yet(tmp_path):
+    path = str(tmp_path / "late.sock")
+
+    async def next_epoch():
+        return 1
+
+    async def main():
+        link = EngineLink(socket_path=path, worker_id="w", next_epoch=next_epoch, on_step=lambda step: None)
+        link.open()
+        with pytest.raises(EngineGoneError, match="is not up yet"):
+            await link.call(pb.EngineCommand(renew=pb.RenewLeases()), 1.0)
+        server = EngineServer(path, lambda send: EchoSession(send, []))
+        server.start()
+        await asyncio.wait_for(link.started.wait(), 5.0)
+        server.stop()
+        await asyncio.wait_for(link.lost.wait(), 5.0)
+        await link.close()
+
+    asyncio.run(main())
+
+
+def test_socket_paths_stay_short(tmp_path):
+    long = tmp_path / ("x" * 120)
+    assert len(socket_path(str(long), "w")) < 108
+    assert socket_path(str(long), "w") != socket_path(str(long), "v")
+    assert socket_path("/run/p", "w") == str(Path("/run/p/ipc/w.sock"))
