@@ -241,9 +241,9 @@ def _explain(code: grpc.StatusCode, message: str, field: str | None, retry_after
     text = f"{code.name}: {message}"
     if field and field not in message and field.rpartition(".")[2] not in message:
         text = f"{code.name}: {field}: {message}"
-    if retry_after_s is not None:
+    if retry_after_s is not None and "try again" not in message:
         text += f" (try again in {retry_after_s:g} s)"
-    elif code is grpc.StatusCode.DEADLINE_EXCEEDED:
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         text += " (give it more time with --deadline)"
     elif code is grpc.StatusCode.UNAUTHENTICATED:
         text += " (give a key with --api-key-file)"
