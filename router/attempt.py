@@ -1,0 +1,204 @@
+"""One try at a request on one route: reserve, prefill, follow the tokens, and leave nothing behind.
+
+States: NEW -> RESERVING (Reserve is sent: the decode worker may hold something) -> PREFILLING (Prefill is
+sent: the prefill worker too) -> DECODING (its first token is here) -> DONE (the decode worker said the last
+token, or refused to reserve: nothing is held). `close` aborts whatever the state says may still be held.
+
+The order of tokens is by offset. The decode worker may speak before the prefill's reply has come; its
+tokens are held back until the first one is here. Tokens that the client already has are dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from protos import inference_pb2, worker_pb2
+from router.background import Background
+from router.errors import AttemptFailedError, InvalidArgumentError, WorkerError, WorkerFullError
+from router.inbox import Event, Inbox
+from router.info import WorkerLife
+from router.job import Chunk, Ending, Job
+from router.timeline import Moment
+from router.workers import WorkerLink
+
+Emit = Callable[[Chunk], Awaitable[Ending | None]]
+"""Hands a chunk to the client; tells if the stream ends with it."""
+
+_LOST = (worker_pb2.ENGINE_FINISH_FAILED, worker_pb2.ENGINE_FINISH_ABORTED)
+
+
+class AttemptState(enum.Enum):
+    """How far an attempt has come."""
+
+    NEW = "new"
+    RESERVING = "reserving"
+    PREFILLING = "prefilling"
+    DECODING = "decoding"
+    DONE = "done"
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptContext:
+    """What an attempt needs of its router."""
+
+    router_id: str
+    max_stream_buffer: int
+    on_overflow: Callable[[], object]
+    aborts: Background
+
+
+class Attempt:
+    """One try; the dispatcher opens, follows and closes it."""
+
+    def __init__(self, job: Job, decode: WorkerLink, prefill: WorkerLink | None, context: AttemptContext) -> None:
+        self.state = AttemptState.NEW
+        self._job = job
+        self._decode = decode
+        self._prefill = prefill
+        self._context = context
+        self._number = job.attempts.begin()
+        self._inbox = Inbox(job.request_id, self._number, context.max_stream_buffer, context.on_overflow)
+        self._held: deque[worker_pb2.TokenOutput] = deque()
+        self._failure: Exception | None = None
+        self._first: worker_pb2.TokenOutput | None = None
+        self._loads = contextlib.ExitStack()
+        self._prefill_load = self._loads.enter_context(contextlib.ExitStack())
+        self._prefilling: asyncio.Task[None] | None = None
+        self._ticket: worker_pb2.KVTicket | None = None
+
+    def took_part(self) -> frozenset[WorkerLife]:
+        """The workers of this attempt."""
+        return frozenset(link.info.life for link in (self._decode, self._prefill) if link is not None)
+
+    async def reserve(self) -> None:
+        """Have blocks promised by the decode worker."""
+        self._take_places()
+        self.state = AttemptState.RESERVING
+        request = worker_pb2.ReserveRequest(
+            router_id=self._context.router_id,
+            request=self._job.engine_request(),
+            epoch=self._decode.info.epoch,
+            local_prefill=self._prefill is None,
+        )
+        try:
+            reply = await self._decode.reserve(request)
+        except WorkerFullError:
+            self.state = AttemptState.DONE
+            raise
+        self._ticket = reply.ticket
+        self._job.timeline.mark(Moment.RESERVED)
+        self._job.decode_worker = self._decode.info.label
+        self._job.prefill_worker = (self._prefill or self._decode).info.label
+        if not self._job.emitted:
+            self._job.num_cached = reply.cached_tokens
+
+    async def follow(self, emit: Emit) -> Ending:
+        """Have the prompt computed and hand on every token; returns when the stream has ended well."""
+        if self._prefill is None:
+            self.state = AttemptState.DECODING
+        else:
+            self.state = AttemptState.PREFILLING
+            self._prefilling = asyncio.get_running_loop().create_task(
+                self._run_prefill(self._prefill), name=f"prefill of {self._job.request_id}"
+            )
+        while True:
+            for event in await self._inbox.take():
+                self._absorb(event)
+            chunk = self._next_chunk()
+            if chunk is not None and (ending := await emit(chunk)) is not None:
+                return ending
+            if self._failure is not None:
+                raise self._failure
+
+    def close(self, reason: str) -> None:
+        """End the attempt on both sides, without waiting for them."""
+        self._loads.close()
+        if self._prefilling is not None:
+            self._prefilling.cancel()
+        if self.state in (AttemptState.RESERVING, AttemptState.PREFILLING, AttemptState.DECODING):
+            self._abort(self._decode, reason, decode=True)
+        if self._prefill is not None and self.state in (AttemptState.PREFILLING, AttemptState.DECODING):
+            self._abort(self._prefill, reason, decode=False)
+        self.state = AttemptState.DONE
+
+    def _take_places(self) -> None:
+        """Receive what the workers say, and count as their load."""
+        for link in filter(None, (self._decode, self._prefill)):
+            link.register(self._inbox)
+            self._loads.callback(link.unregister, self._inbox)
+        self._loads.enter_context(self._decode.info.decoding())
+        if self._prefill is not None:
+            self._prefill_load.enter_context(self._prefill.info.prefilling(self._job.num_tokens))
+
+    def _abort(self, link: WorkerLink, reason: str, *, decode: bool) -> None:
+        if link.info.connected:  # a worker that lost its stream aborts by itself
+            request = worker_pb2.AbortRequest(request_id=self._job.request_id, attempt=self._number, reason=reason)
+            self._context.aborts.spawn(link.abort(request, decode=decode), f"abort {self._job.request_id}")
+
+    async def _run_prefill(self, link: WorkerLink) -> None:
+        """Puts the reply, or what went wrong, into the inbox."""
+        request = worker_pb2.PrefillRequest(
+            router_id=self._context.router_id,
+            request=self._job.engine_request(),
+            epoch=link.info.epoch,
+            ticket=self._ticket,
+        )
+        try:
+            self._inbox.put(await link.prefill(request))
+        except (WorkerError, InvalidArgumentError) as error:
+            self._inbox.put(error)
+
+    def _absorb(self, event: Event) -> None:
+        if isinstance(event, worker_pb2.TokenOutput):
+            self._held.append(event)
+        elif isinstance(event, worker_pb2.PrefillReply):
+            self._first_token(event)
+        elif self._failure is None:
+            self._failure = event
+
+    def _first_token(self, reply: worker_pb2.PrefillReply) -> None:
+        self.state = AttemptState.DECODING
+        self._prefill_load.close()
+        self._first = reply.first
+        self._job.timeline.prefilled(reply.prefill_s)
+        self._job.num_cached = max(self._job.num_cached, 0 if self._job.emitted else reply.cached_tokens)
+        self._held.appendleft(self._first)
+
+    def _next_chunk(self) -> Chunk | None:
+        """All held tokens that follow without a gap on those the client has."""
+        job, before = self._job, len(self._job.emitted)
+        logprobs: list[inference_pb2.PositionLogprobs] = []
+        finish = worker_pb2.ENGINE_FINISH_NONE
+        while self._held and self.state is not AttemptState.PREFILLING and not finish:
+            output = self._held.popleft()
+            known = len(job.emitted) - output.offset
+            if known < 0:
+                self._fail(f"tokens {len(job.emitted)} to {output.offset - 1} never came")
+                break
+            job.emitted.extend(output.token_ids[known:])
+            logprobs.extend(output.logprobs[known:])
+            self._note(output)
+            finish = output.finish
+        if finish in _LOST:
+            self._fail(f"worker {self._decode.info.label} gave up: {output.reason}")
+            finish = worker_pb2.ENGINE_FINISH_NONE
+        elif finish and output is not self._first:
+            self.state = AttemptState.DONE
+        if len(job.emitted) == before and not finish:
+            return None
+        return Chunk(before, job.emitted[before:], logprobs, finish)
+
+    def _note(self, output: worker_pb2.TokenOutput) -> None:
+        if output.HasField("timing"):
+            self._job.timeline.decoded(output.timing)
+        if output.cached_tokens and self._number == 0:
+            self._job.num_cached = max(self._job.num_cached, output.cached_tokens)
+
+    def _fail(self, why: str) -> None:
+        if self._failure is None:
+            self._failure = AttemptFailedError(why)

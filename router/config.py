@@ -1,0 +1,80 @@
+"""What a user may set about a router."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+PolicyName = Literal["round_robin", "least_loaded"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RouterConfig:
+    """The front door: where it listens, whom it lets in, and how long it waits for whom."""
+
+    host: str = "127.0.0.1"
+    """Interface to listen on."""
+    port: int = 50051
+    """TCP port for clients; 0: any free one."""
+    policy: PolicyName = "least_loaded"
+    """How a worker is picked among those that can serve."""
+    default_max_tokens: int = 256
+    """Tokens to generate when the client names no number."""
+    default_deadline_s: float = 600.0
+    """Seconds a request may take when the client names no deadline."""
+    max_queued: int = 1024
+    """Requests that may wait here for a place on a worker; more are refused."""
+    max_request_bytes: int = 4 * 1024 * 1024
+    """Size limit of one client message, in bytes."""
+    max_stream_buffer: int = 4096
+    """Tokens a client may lag behind its own stream before it is cut off."""
+    max_attempts: int = 4
+    """How often a request is tried, on different workers, before it fails."""
+    tls_cert: str | None = None
+    """PEM file with the certificate chain; set it together with tls_key."""
+    tls_key: str | None = None
+    """PEM file with the private key."""
+    api_keys_file: str | None = None
+    """File with one API key a line; when set, clients must send `authorization: Bearer <key>`."""
+    retry_after_s: float = 1.0
+    """Seconds a refused client is told to wait."""
+    no_worker_grace_s: float = 1.0
+    """Seconds a request waits for a worker to come (back) when none can serve."""
+    reserve_timeout_s: float = 5.0
+    """Seconds a worker may take to promise blocks."""
+    abort_timeout_s: float = 2.0
+    """Seconds a worker may take to confirm an abort."""
+    connect_timeout_s: float = 5.0
+    """Seconds a worker may take to describe itself on a new connection."""
+    heartbeat_s: float = 1.0
+    """Seconds between two heartbeats to a worker; each renews the leases there."""
+    worker_silence_s: float = 2.0
+    """Seconds without a word from a worker after which it is lost."""
+    reconnect_max_s: float = 2.0
+    """Longest pause between two attempts to connect to a worker, in seconds."""
+    store_timeout_s: float = 2.0
+    """Seconds a call to the store may take."""
+    lease_ttl_s: float = 10.0
+    """Seconds after which a router that stopped renewing its entry in the store is forgotten."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port must be between 0 and 65535, got {self.port}")
+        if self.policy not in ("round_robin", "least_loaded"):
+            raise ValueError(f"policy must be round_robin or least_loaded, got {self.policy!r}")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key must be set together, only one of them is")
+        for name in ("default_max_tokens", "max_request_bytes", "max_stream_buffer", "max_attempts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_queued", "no_worker_grace_s"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in self.__dataclass_fields__:
+            if name.endswith("_s") and name != "no_worker_grace_s" and not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be more than 0 seconds, got {getattr(self, name)}")
+        if self.heartbeat_s >= self.worker_silence_s:
+            raise ValueError(
+                f"heartbeat_s ({self.heartbeat_s}) must be less than worker_silence_s ({self.worker_silence_s}): "
+                "a worker that hears nothing cannot be told from one that is gone"
+            )

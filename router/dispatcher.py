@@ -1,0 +1,138 @@
+"""One request's way through the workers, from its place in the line to its last token.
+
+    place in the line -> choose a route -> reserve (decode first) -> prefill -> follow the tokens
+
+A worker without room sends it to another worker or back into the line; a failed attempt sends it back to
+choosing, with the tokens the client already has. Whatever ends it, each attempt is closed on both sides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+
+from router.admission import Line, Place
+from router.attempt import Attempt, AttemptContext, Emit
+from router.background import Background
+from router.config import RouterConfig
+from router.errors import AttemptFailedError, SlowClientError, UnavailableError, WorkerFullError
+from router.fleet import Fleet
+from router.info import WorkerLife, WorkerState
+from router.job import Ending, Job
+from router.policies import Demand, Route, choose
+from router.scope import Scope
+
+logger = logging.getLogger(__name__)
+
+
+class Dispatcher:
+    """Serves jobs on the fleet's workers."""
+
+    def __init__(self, fleet: Fleet, line: Line, config: RouterConfig, *, router_id: str, split: bool) -> None:
+        self.aborts = Background()
+        """Aborts on their way to workers."""
+        self._fleet = fleet
+        self._line = line
+        self._config = config
+        self._router_id = router_id
+        self._split = split
+        self._turn = 0
+
+    async def run(self, job: Job, emit: Emit, scope: Scope) -> Ending:
+        """Serve a job to its end; RouterError if that is not to be. The scope ends every wait in here."""
+        full: frozenset[WorkerLife] = frozenset()
+        arrived = asyncio.get_running_loop().time()
+        with self._line.arrive(job.priority) as place:
+            while True:
+                await place.turn(may_refuse=not job.emitted)
+                route = await self._route(job, full, since=max(arrived, job.attempts.failed_at))
+                if route is None:
+                    full = frozenset()
+                    await place.wait(may_refuse=not job.emitted)
+                    continue
+                attempt = self._attempt(job, route, scope)
+                try:
+                    return await self._try(attempt, place, emit)
+                except WorkerFullError as error:
+                    full |= {error.worker} if error.worker is not None else attempt.took_part()
+                except AttemptFailedError as error:
+                    self._failed(job, attempt, error)
+                finally:
+                    attempt.close("the request ended at the router")
+
+    async def _try(self, attempt: Attempt, place: Place, emit: Emit) -> Ending:
+        await attempt.reserve()
+        place.admitted()
+        ending = await attempt.follow(emit)
+        self._line.news()
+        return ending
+
+    def _failed(self, job: Job, attempt: Attempt, error: AttemptFailedError) -> None:
+        logger.warning(
+            "attempt failed: %s",
+            error,
+            extra={"request_id": job.request_id, "attempt": job.attempts.number, "num_emitted": len(job.emitted)},
+        )
+        job.attempts.failed(error, attempt.took_part())
+
+    def _attempt(self, job: Job, route: Route, scope: Scope) -> Attempt:
+        limit = self._config.max_stream_buffer
+        too_slow = SlowClientError(f"the client lags more than {limit} tokens behind its stream; read faster")
+        context = AttemptContext(self._router_id, limit, lambda: scope.interrupt(too_slow), self.aborts)
+        logger.debug(
+            "route chosen",
+            extra={
+                "request_id": job.request_id,
+                "decode": route.decode.label,
+                "prefill": route.prefill.label if route.prefill else "local",
+                "reason": route.reason,
+            },
+        )
+        prefill = self._fleet.link(route.prefill) if route.prefill is not None else None
+        return Attempt(job, self._fleet.link(route.decode), prefill, context)
+
+    async def _route(self, job: Job, full: frozenset[WorkerLife], since: float) -> Route | None:
+        """A route; None if there are workers but all are full.
+
+        UnavailableError if there are none, and neither since `since` (on the loop's clock) nor since the last
+        change of the fleet less than the grace has passed.
+        """
+        self._turn += 1
+        loop = asyncio.get_running_loop()
+        while True:
+            seen = self._fleet.changed.version
+            demand = Demand(job.num_tokens, job.attempts.excluded, full, job.attempts.avoided)
+            if (route := self._choose(demand)) is not None:
+                return route
+            if full and self._choose(replace(demand, full=frozenset())) is not None:
+                return None
+            left_s = max(since, self._fleet.changed_at) + self._config.no_worker_grace_s - loop.time()
+            if left_s <= 0:
+                raise self._nobody()
+            await self._fleet.changed.wait(seen, timeout_s=left_s)
+
+    def _choose(self, demand: Demand) -> Route | None:
+        workers = self._fleet.workers()
+        return choose(workers, demand, split=self._split, policy=self._config.policy, turn=self._turn)
+
+    def _nobody(self) -> UnavailableError:
+        workers = self._fleet.workers()
+        ready = [info for info in workers if info.state is WorkerState.READY]
+        known = (
+            ", ".join(f"{info.label} ({info.role}) is {info.state.value}" for info in workers[:8]) or "none is known"
+        )
+        roles = ["decode"] if not self._split else ["prefill", "decode"]
+        missing = [
+            role
+            for role in roles
+            if not any(info.can_decode if role == "decode" else info.can_prefill for info in ready)
+        ]
+        what = (
+            " and no ".join(f"{role} worker is ready" for role in missing)
+            or "worker is left that can take this request"
+        )
+        return UnavailableError(
+            f"no {what}, waited {self._config.no_worker_grace_s:g} s; workers: {known}",
+            retry_after_s=self._config.retry_after_s,
+        )

@@ -1,0 +1,106 @@
+"""What every call to the router passes first: the API key, and a parser that answers instead of failing."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from router.errors import InvalidArgumentError, RouterError, RouterStartError, UnauthenticatedError
+
+HEALTH_PREFIX = "/grpc.health.v1.Health/"
+Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any]"]]
+
+
+class ApiKeys(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Lets a call in only with `authorization: Bearer <key>`; health checks need none."""
+
+    def __init__(self, keys_file: str) -> None:
+        """Read the keys, one a line; RouterStartError if there are none."""
+        try:
+            lines = Path(keys_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise RouterStartError(f"api_keys_file {keys_file} cannot be read: {error}") from error
+        self._digests = [_digest(line.strip()) for line in lines if line.strip()]
+        if not self._digests:
+            raise RouterStartError(f"api_keys_file {keys_file} has no keys; write one a line, or unset it")
+
+    async def intercept_service(
+        self, continuation: Continuation, details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """Replace the handler of a call without a valid key by a refusal."""
+        if details.method.startswith(HEALTH_PREFIX) or self._knows(details):
+            return await continuation(details)
+        return _refusal(UnauthenticatedError("send metadata `authorization: Bearer <key>` with a valid API key"))
+
+    def _knows(self, details: grpc.HandlerCallDetails) -> bool:
+        shown = [value for name, value in details.invocation_metadata or () if name == "authorization"]
+        scheme, _, key = str(shown[0]).partition(" ") if shown else ("", "", "")
+        digest = _digest(key.strip())
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        return scheme.lower() == "bearer" and any(matches)
+
+
+@dataclass(frozen=True, slots=True)
+class _Malformed:
+    """Stands for a request that could not be parsed."""
+
+    error: InvalidArgumentError
+
+
+class StrictParsing(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Answers bytes that are no message (or not UTF-8 where text is due) with INVALID_ARGUMENT."""
+
+    def __init__(self, service: str) -> None:
+        """`service` is the full name of the service that is guarded."""
+        self._prefix = f"/{service}/"
+
+    async def intercept_service(
+        self, continuation: Continuation, details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """Wrap the parser and the behaviour of the service's handlers."""
+        handler: Any = await continuation(details)
+        if handler is None or not details.method.startswith(self._prefix):
+            return handler  # type: ignore[no-any-return]
+        name = "unary_stream" if handler.response_streaming else "unary_unary"
+        return handler._replace(  # type: ignore[no-any-return]
+            request_deserializer=_strict(handler.request_deserializer),
+            **{name: _answering(getattr(handler, name))},
+        )
+
+
+def _strict(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def parse_or_tell(data: bytes) -> Any:
+        try:
+            return parse(data)
+        except DecodeError as error:
+            text = f"the request's {len(data)} bytes are not a valid message: {error}"
+            return _Malformed(InvalidArgumentError(text, field="request"))
+
+    return parse_or_tell
+
+
+def _answering(behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+    async def answer(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        if isinstance(request, _Malformed):
+            await context.abort(request.error.code, request.error.message, request.error.trailing_metadata())
+        return await behaviour(request, context)
+
+    return answer
+
+
+def _refusal(error: RouterError) -> grpc.RpcMethodHandler[Any, Any]:
+    async def refuse(request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        await context.abort(error.code, error.message, error.trailing_metadata())
+
+    return grpc.unary_unary_rpc_method_handler(refuse)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()

@@ -1,0 +1,70 @@
+"""One request on its way through the router: what was asked, and how far it has come."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from protos import inference_pb2, worker_pb2
+from router.retry import Attempts
+from router.timeline import Timeline
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """Lives from acceptance to the end of the stream, through all attempts."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: worker_pb2.SamplingParams
+    priority: int
+    deadline: float
+    """Time of the event loop's clock at which the request ends."""
+    timeline: Timeline
+    attempts: Attempts
+    emitted: list[int] = field(default_factory=list)
+    """Tokens handed to the client so far; a new attempt goes on after them."""
+    num_cached: int = 0
+    """Prompt tokens whose KV the first attempt's workers already held."""
+    prefill_worker: str = ""
+    decode_worker: str = ""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens a worker must be able to hold to generate at least one more."""
+        return len(self.prompt_token_ids) + len(self.emitted) + 1
+
+    def seconds_left(self) -> float:
+        """Until the deadline; never quite 0, which would mean none."""
+        return max(0.001, self.deadline - asyncio.get_running_loop().time())
+
+    def engine_request(self) -> worker_pb2.EngineRequest:
+        """What a worker is told of it, for the present attempt."""
+        return worker_pb2.EngineRequest(
+            request_id=self.request_id,
+            attempt=self.attempts.number,
+            prompt_token_ids=self.prompt_token_ids,
+            params=self.params,
+            priority=self.priority,
+            deadline_s=self.seconds_left(),
+            resume_from=self.emitted,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """New tokens for the client: as many as have come since the last chunk."""
+
+    offset: int
+    token_ids: list[int]
+    logprobs: list[inference_pb2.PositionLogprobs]
+    finish: worker_pb2.EngineFinish
+    """NONE, EOS, STOP or LENGTH."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a stream ended well."""
+
+    reason: inference_pb2.FinishReason
+    stop_string: str = ""

@@ -1,0 +1,198 @@
+"""One client's Generate call, from its first byte to its one and only end.
+
+States: VALIDATING (may be refused) -> ACCEPTED (the client was told) -> ENDED, by a Finished or by a status.
+Cancel, the deadline and a lagging client interrupt it through its scope; whatever happens, the workers are
+told by the dispatcher, and the outcome is counted once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+import grpc
+
+from engine import wire
+from protos import inference_pb2
+from router import validation
+from router.admission import Line
+from router.config import RouterConfig
+from router.dispatcher import Dispatcher
+from router.errors import DeadlineExceededError, DuplicateRequestError, RequestCancelledError, UnavailableError
+from router.fleet import Fleet
+from router.job import Chunk, Ending, Job
+from router.model import ServedModel
+from router.output import OutputStream
+from router.retry import Attempts
+from router.scope import Scope
+from router.stats import RouterStats
+from router.timeline import Moment, Timeline
+from router.wakeup import Signal
+
+logger = logging.getLogger(__name__)
+
+WRITE_PATIENCE_S = 0.05
+"""How long a deadline lets a message through that is just being written."""
+CANCEL_PATIENCE_S = 1.0
+"""The same for Cancel, whose Finished message should follow it."""
+
+GenerateContext = grpc.aio.ServicerContext[inference_pb2.GenerateRequest, inference_pb2.GenerateEvent]
+
+
+@dataclass(slots=True, eq=False)
+class Desk:
+    """What all sessions of a router share."""
+
+    config: RouterConfig
+    model: ServedModel
+    fleet: Fleet
+    line: Line
+    dispatcher: Dispatcher
+    stats: RouterStats
+    running: dict[str, Scope]
+    """By request_id."""
+    ended: Signal
+    """A session ended."""
+    split: bool
+    draining: bool = False
+
+    def check_open(self) -> None:
+        """Refuse new requests while draining or while too many wait."""
+        if self.draining:
+            raise UnavailableError(
+                "this router is about to stop and takes nothing new; ask another one",
+                retry_after_s=self.config.retry_after_s,
+            )
+        self.line.check_open()
+
+
+class Session:
+    """One Generate call."""
+
+    def __init__(self, desk: Desk, request: inference_pb2.GenerateRequest, context: GenerateContext) -> None:
+        self._desk = desk
+        self._request = request
+        self._context = context
+        self._timeline = Timeline()
+        self._scope = Scope()
+        self._output: OutputStream | None = None
+        self._job: Job | None = None
+
+    async def serve(self) -> str:
+        """Serve the call; gives its outcome. RouterError where a status is to end it."""
+        self._desk.check_open()
+        request_id = validation.request_id(self._request.request_id)
+        if request_id in self._desk.running:
+            raise DuplicateRequestError(f"a request with the id {request_id!r} is running")
+        self._desk.running[request_id] = self._scope
+        try:
+            async with self._scope:
+                ending = await self._run(request_id)
+        except RequestCancelledError:
+            if self._job is None or self._scope.write_cut:
+                raise
+            ending = Ending(inference_pb2.FINISH_REASON_CANCELLED)
+            async with asyncio.timeout(CANCEL_PATIENCE_S):
+                await self._finish(self._job, ending)
+        finally:
+            del self._desk.running[request_id]
+            self._desk.ended.notify()
+            self._account(request_id)
+        return inference_pb2.FinishReason.Name(ending.reason).removeprefix("FINISH_REASON_").lower()
+
+    async def _run(self, request_id: str) -> Ending:
+        # 1. Everything that can be refused without work, then the prompt, then what depends on its length.
+        desk, request = self._desk, self._request
+        desk.model.check_name(request.model)
+        limit_s = validation.deadline_s(request, desk.config, self._context.time_remaining())
+        deadline = asyncio.get_running_loop().time() + limit_s
+        too_late = DeadlineExceededError(f"the request did not end within its {limit_s:g} s")
+        self._scope.interrupt_at(deadline, too_late, WRITE_PATIENCE_S)
+        kind = validation.prompt_kind(request)
+        stops = validation.stop_strings(request.sampling)
+        params = validation.sampling_params(request.sampling, desk.config, desk.model)
+        ids = await validation.prompt_ids(request, desk.model)
+        params = validation.fitted(params, len(ids), desk.model, desk.fleet.pool_tokens(split=desk.split), kind)
+        # 2. Accept.
+        self._output = OutputStream(desk.model.tokenizer, ids, stops)
+        job = Job(
+            request_id=request_id,
+            prompt_token_ids=ids,
+            params=wire.params_to_wire(params),
+            priority=request.priority,
+            deadline=deadline,
+            timeline=self._timeline,
+            attempts=Attempts(desk.config.max_attempts, desk.config.retry_after_s),
+        )
+        self._timeline.mark(Moment.ACCEPTED)
+        accepted = inference_pb2.Accepted(
+            request_id=request_id, model=desk.model.name, num_prompt_tokens=len(ids), seed=params.seed
+        )
+        await self._write(inference_pb2.GenerateEvent(accepted=accepted))
+        self._job = job
+        # 3. Serve.
+        ending = await desk.dispatcher.run(job, self._emit, self._scope)
+        with self._scope.writing():
+            await self._finish(job, ending)
+        return ending
+
+    async def _emit(self, chunk: Chunk) -> Ending | None:
+        assert self._output is not None
+        since_s = self._timeline.tokens(chunk.offset, len(chunk.token_ids))
+        if chunk.offset:
+            self._desk.stats.itl_s.observe(since_s)
+        message, ending = self._output.push(chunk)
+        await self._write(inference_pb2.GenerateEvent(tokens=message))
+        self._timeline.mark(Moment.FIRST_SENT)
+        return ending
+
+    async def _write(self, event: inference_pb2.GenerateEvent) -> None:
+        with self._scope.writing():
+            await self._context.write(event)
+
+    async def _finish(self, job: Job, ending: Ending) -> None:
+        assert self._output is not None
+        self._timeline.mark(Moment.ENDED)
+        usage = inference_pb2.Usage(
+            prompt_tokens=len(job.prompt_token_ids),
+            cached_prompt_tokens=job.num_cached,
+            completion_tokens=self._output.num_tokens,
+        )
+        finished = inference_pb2.Finished(
+            reason=ending.reason,
+            stop_string=ending.stop_string,
+            usage=usage,
+            timing=self._timeline.timing(),
+            prefill_worker=job.prefill_worker,
+            decode_worker=job.decode_worker,
+        )
+        await self._context.write(inference_pb2.GenerateEvent(finished=finished))
+
+    def _account(self, request_id: str) -> None:
+        """Add this session's figures to the router's, and log its end."""
+        self._timeline.mark(Moment.ENDED)
+        stats, timeline, job, output = self._desk.stats, self._timeline, self._job, self._output
+        if job is None or output is None:
+            return
+        stats.prompt_tokens += len(job.prompt_token_ids)
+        stats.cached_prompt_tokens += job.num_cached
+        stats.generated_tokens += output.num_tokens
+        stats.failed_attempts += job.attempts.num_failed
+        stats.queue_s.observe(timeline.between(Moment.ARRIVED, Moment.RESERVED))
+        stats.ttft_s.observe(timeline.between(Moment.ARRIVED, Moment.FIRST_SENT))
+        stats.total_s.observe(timeline.between(Moment.ARRIVED, Moment.ENDED))
+        stats.transfer_s.observe(timeline.transfer_s())
+        logger.info(
+            "request ended",
+            extra={
+                "request_id": request_id,
+                "num_prompt_tokens": len(job.prompt_token_ids),
+                "num_generated_tokens": output.num_tokens,
+                "num_failed_attempts": job.attempts.num_failed,
+                "prefill_worker": job.prefill_worker,
+                "decode_worker": job.decode_worker,
+                "ttft_s": timeline.between(Moment.ARRIVED, Moment.FIRST_SENT),
+                "total_s": timeline.between(Moment.ARRIVED, Moment.ENDED),
+            },
+        )
