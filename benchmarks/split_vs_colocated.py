@@ -12,6 +12,7 @@ processes of 1 prefill + 1 decode; the one of two workers has the same number.
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import os
 import platform
@@ -49,7 +50,7 @@ class Variant:
 
     def config(self, base: dict[str, Any]) -> dict[str, Any]:
         """The YAML's content with this variant's pools, on free ports."""
-        config = json.loads(json.dumps(base))
+        config = copy.deepcopy(base)
         config["mode"] = self.mode
         config.setdefault("prefill", {})["workers"] = self.prefill_workers
         config.setdefault("decode", {})["workers"] = self.decode_workers

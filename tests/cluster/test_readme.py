@@ -1,4 +1,4 @@
-"""The client in README.md is run as it is written there."""
+"""The clients in README.md and docs/client.md are run as they are written there."""
 
 import re
 import subprocess
@@ -33,3 +33,13 @@ def test_it_streams_an_answer(example):
     answer = answer_text(answer_ids([ord(each) for each in prompt], 64))
     assert done.stderr == ""
     assert done.stdout == f"{len(prompt)} prompt tokens\n{answer}\n64 tokens, 0.08 s\n"
+
+
+def test_the_first_stream_of_the_client_page_runs():
+    found = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "client.md").read_text(), re.S)
+    assert found
+    with serve(Double()) as double:
+        code = found[1].replace("127.0.0.1:50051", double.address)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    prompt = "<user>What is the capital of France?\n<assistant>"
+    assert (done.stdout, done.stderr) == (answer_text(answer_ids([ord(each) for each in prompt], 4)), "")
