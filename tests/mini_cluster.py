@@ -127,6 +127,7 @@ class MiniCluster:
         """Wait until no worker has anything left, then have each check its books."""
         for worker in self.workers.values():
             link = worker.front.link
+            await worker.front.ready(DEADLINE_S)
             async with asyncio.timeout(DEADLINE_S), link.news:
                 await link.news.wait_for(lambda link=link: num_open(link.stats) == 0 and link.stats.open_tickets == 0)
             reply = await link.call(worker_pb2.EngineCommand(check=worker_pb2.CheckIntegrity()), DEADLINE_S)

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import grpc
 import grpc.aio
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
@@ -155,7 +156,7 @@ def _status(code: int, message: str, *details) -> status_pb2.Status:
 
 
 @contextmanager
-def serve(double: Double) -> Iterator[Double]:
+def serve(double: Double, tls: grpc.ServerCredentials | None = None) -> Iterator[Double]:
     """Run the service in a thread of its own on a free port; `double.address` says where."""
     ready, loop = threading.Event(), asyncio.new_event_loop()
     stop: asyncio.Event = asyncio.Event()
@@ -163,7 +164,9 @@ def serve(double: Double) -> Iterator[Double]:
     async def main() -> None:
         server = grpc.aio.server()
         add_InferenceServicer_to_server(double, server)
-        double.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        free = "127.0.0.1:0"
+        port = server.add_insecure_port(free) if tls is None else server.add_secure_port(free, tls)
+        double.address = f"127.0.0.1:{port}"
         await server.start()
         ready.set()
         await stop.wait()

@@ -1,5 +1,7 @@
 import asyncio
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import grpc
@@ -125,6 +127,20 @@ def test_a_stream_is_given_up_after_its_deadline_and_grace(double, monkeypatch):
 def test_nobody_there_says_how_to_start():
     with pytest.raises(NoClusterError, match=r"no pdserve answers at 127.0.0.1:1 .*`pdserve up`"):
         ask(Double(address="127.0.0.1:1"), GenerateRequest(text="x"))
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command to make a certificate")
+def test_tls_trusts_the_named_authority_alone(tmp_path):
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-keyout", str(key), "-out", str(certificate), "-days", "1", "-subj", "/CN=test"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run(command, check=True, capture_output=True, timeout=30)
+    credentials = grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])
+    with serve(Double(), credentials) as double:
+        assert ask(double, GenerateRequest(text="x"), tls_ca=certificate).finished is not None
+        with pytest.raises(NoClusterError):
+            ask(double, GenerateRequest(text="x"))
 
 
 @pytest.mark.parametrize("address", ["", "host", "host:", ":1", "host:0", "host:65536", "host:http"])

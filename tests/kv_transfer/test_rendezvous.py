@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import threading
+import time
+from datetime import timedelta
+
+import pytest
+
+from kv_transfer.errors import TransportError
+from kv_transfer.rendezvous import MAX_KEYS, PairStore
+
+
+def test_a_value_reaches_the_other_end() -> None:
+    there = PairStore(lambda key, value: None, 5.0)
+    here = PairStore(there.put, 5.0)
+    timer = threading.Timer(0.05, here.set, ["k", "value"])
+    timer.start()
+    there.wait(["k"], timedelta(seconds=5))
+    timer.join()
+    assert there.get("k") == b"value" == here.get("k")
+    assert there.check(["k"])
+    assert not there.check(["k", "other"])
+
+
+def test_a_wait_is_bounded_and_names_what_is_missing() -> None:
+    store = PairStore(lambda key, value: None, 0.05)
+    store.put("a", b"")
+    with pytest.raises(TransportError, match=r"waited 0.05 s .* to set b"):
+        store.wait(["a", "b"])
+
+
+def test_closing_wakes_a_wait() -> None:
+    store = PairStore(lambda key, value: None, 30.0)
+    timer = threading.Timer(0.05, store.close, ["peer lost"])
+    timer.start()
+    start = time.monotonic()
+    with pytest.raises(TransportError, match="the rendezvous ended: peer lost"):
+        store.get("k")
+    timer.join()
+    assert time.monotonic() - start < 10
+
+
+def test_a_peer_cannot_fill_the_memory() -> None:
+    store = PairStore(lambda key, value: None, 1.0)
+    for number in range(MAX_KEYS):
+        store.put(str(number), b"")
+    store.put("0", b"again")
+    with pytest.raises(TransportError, match="misbehaves"):
+        store.put("one more", b"")
