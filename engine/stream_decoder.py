@@ -10,16 +10,15 @@ Aho and Corasick (CACM 18(6), 1975), so its work per character does not grow wit
 from __future__ import annotations
 
 import codecs
-import json
 import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from engine.errors import InvalidRequestError, UnsupportedModelError
+from engine.errors import InvalidRequestError
 from engine.gguf_tokenizer import byte_alphabet
-from engine.tokenizer import Tokenizer
+from engine.tokenizer import Spelling, Tokenizer
 
 MAX_STOPS = 32
 MAX_STOP_CHARS = 256
@@ -36,12 +35,9 @@ class StreamDecoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int] = ()) -> None:
-        """`prompt_token_ids`: the prompt or its tail; without it the answer is decoded as a text of its own.
-
-        Raises UnsupportedModelError where the tokenizer spells text in a way unknown here.
-        """
+        """`prompt_token_ids`: the prompt or its tail; without it the answer is decoded as a text of its own."""
         self._tokenizer = tokenizer
-        self._text = _spelling(tokenizer)
+        self._text = _text_of(tokenizer.spelling)
         tail = self._visible(prompt_token_ids[-TAIL_TOKENS:])
         if tail:
             self._text.follow(tail)
@@ -61,8 +57,8 @@ class StreamDecoder:
         return [token for token in spelled if token is not None]
 
 
-class _Spelling(Protocol):
-    """How a vocabulary writes text."""
+class _Text(Protocol):
+    """Collects spelled tokens and gives out text."""
 
     def follow(self, tokens: Sequence[str]) -> None:
         """Start behind these tokens, whose text has been seen."""
@@ -74,18 +70,14 @@ class _Spelling(Protocol):
         """The rest."""
 
 
-def _spelling(tokenizer: Tokenizer) -> _Spelling:
-    decoder = tokenizer.backend.decoder
-    steps = json.loads(decoder.__getstate__()) if decoder is not None else {}
-    kinds = [step["type"] for step in steps.get("decoders", [steps])] if steps else []
-    if kinds == ["ByteLevel"]:
-        return _ByteLevel()
-    if kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and kinds[3:] in ([], ["Strip"]):
-        return _SentencePiece(strip=kinds[3:] == ["Strip"])
-    raise UnsupportedModelError(
-        f"the tokenizer's decoder {kinds} is not supported; supported are ByteLevel and "
-        "Replace, ByteFallback, Fuse (as in Llama 2)"
-    )
+def _text_of(spelling: Spelling) -> _Text:
+    match spelling:
+        case Spelling.BYTE_LEVEL:
+            return _ByteLevel()
+        case Spelling.SENTENCE_PIECE:
+            return _SentencePiece(strip=False)
+        case Spelling.SENTENCE_PIECE_STRIPPED:
+            return _SentencePiece(strip=True)
 
 
 class _ByteLevel:

@@ -6,6 +6,8 @@ that ids equal those of transformers' AutoTokenizer.
 
 from __future__ import annotations
 
+import enum
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as Backend
 
 from engine.chat_template import ChatTemplate, Message
-from engine.errors import BrokenModelError, InvalidRequestError, ModelError, ModelNotFoundError
+from engine.errors import BrokenModelError, InvalidRequestError, ModelError, ModelNotFoundError, UnsupportedModelError
 from engine.gguf_file import GgufFile
 from engine.gguf_tokenizer import build_tokenizer
 from engine.model_source import ModelKind, ModelSource
@@ -22,6 +24,17 @@ from engine.models.config import gguf_eos_token_ids, hugging_face_special_ids, r
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _GGUF_IDS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+
+
+class Spelling(enum.Enum):
+    """How the vocabulary writes text, which decides how tokens become text again."""
+
+    BYTE_LEVEL = "byte_level"
+    """Each character stands for one byte (GPT-2, Llama 3, Qwen)."""
+    SENTENCE_PIECE = "sentence_piece"
+    """▁ stands for a space, <0x..> for a byte (Llama 2)."""
+    SENTENCE_PIECE_STRIPPED = "sentence_piece_stripped"
+    """The same, and one space at the beginning of a text is dropped."""
 
 
 class Tokenizer:
@@ -37,6 +50,7 @@ class Tokenizer:
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
+        self.spelling = _spelling(backend)
         self._backend = backend
         self._chat_template = chat_template
         self.eos_token_ids = tuple(eos_token_ids)
@@ -96,6 +110,24 @@ class Tokenizer:
         return self.encode(self.render_chat(messages, add_generation_prompt=add_generation_prompt), False)
 
 
+def _spelling(backend: Backend) -> Spelling:
+    """Raises UnsupportedModelError for a decoder that is not one of Spelling's."""
+    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {"type": None}
+    steps = decoder.get("decoders", [decoder])
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"]:
+        return Spelling.BYTE_LEVEL
+    if kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and steps[0]["content"] == " ":
+        if kinds[3:] == []:
+            return Spelling.SENTENCE_PIECE
+        if kinds[3:] == ["Strip"] and (steps[3]["start"], steps[3]["stop"]) == (1, 0):
+            return Spelling.SENTENCE_PIECE_STRIPPED
+    raise UnsupportedModelError(
+        f"the tokenizer's decoder {kinds} is not supported; supported are ByteLevel (as in Llama 3, Qwen) and "
+        "Replace, ByteFallback, Fuse, Strip (as in Llama 2)"
+    )
+
+
 def _load_gguf(path: Path) -> Tokenizer:
     with GgufFile(path) as file:
         metadata = file.metadata
@@ -121,6 +153,7 @@ def _load_gguf(path: Path) -> Tokenizer:
 
 
 def _load_hugging_face(directory: Path) -> Tokenizer:
+    """tokenizer.json alone decides about beginning and end tokens, as in transformers, whatever add_bos_token says."""
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise ModelNotFoundError(f"{directory} has no tokenizer.json")
@@ -131,8 +164,6 @@ def _load_hugging_face(directory: Path) -> Tokenizer:
     listed = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     extra = listed.values() if isinstance(listed, dict) else listed
     _add_missing(backend, [*named.values(), *(_content(token) for token in extra)])
-    if "add_bos_token" in settings or "add_eos_token" in settings:
-        _set_frame(backend, named, settings.get("add_bos_token", False), settings.get("add_eos_token", False))
     eos_token_ids, bos_token_id = hugging_face_special_ids(directory, read_json(directory / "config.json"))
     template = _hugging_face_template(directory, settings)
     return Tokenizer(

@@ -136,8 +136,8 @@ class ModelConfig:
                 with GgufFile(source.path) as file:
                     return _from_gguf(file)
             return _from_hugging_face(source.path)
-        except (ValueError, TypeError, KeyError, OverflowError) as error:
-            raise BrokenModelError(f"the header of {source.path} is not usable: {error}") from error
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+            raise BrokenModelError(f"the header of {source.path} is not usable: {error!r}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -148,6 +148,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ModelNotFoundError(f"there is no file {path}") from error
     except (ValueError, RecursionError) as error:
         raise BrokenModelError(f"{path} is not valid JSON: {error}") from error
+    except OSError as error:
+        raise BrokenModelError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise BrokenModelError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content
