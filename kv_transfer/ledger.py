@@ -12,7 +12,6 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -251,12 +250,15 @@ class TicketLedger:
 
     def _slots(self, grant: TicketGrant, first_token: int, num_tokens: int) -> list[int]:
         block_size = self._layout.block_size
-        first_block = grant.first_token // block_size
-        blocks: Sequence[int] = grant.block_ids
-        return [
-            blocks[token // block_size - first_block] * block_size + token % block_size
-            for token in range(first_token, first_token + num_tokens)
-        ]
+        slot_ids: list[int] = []
+        token, end = first_token - grant.first_token, first_token - grant.first_token + num_tokens
+        while token < end:
+            index, offset = divmod(token, block_size)
+            count = min(block_size - offset, end - token)
+            slot = grant.block_ids[index] * block_size + offset
+            slot_ids.extend(range(slot, slot + count))
+            token += count
+        return slot_ids
 
     def _end(self, ticket: _Ticket, state: TicketState, reason: str) -> None:
         if ticket.writing:

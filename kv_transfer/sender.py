@@ -304,6 +304,7 @@ class SenderPair:
         """End a job that needs no word to the receiver."""
         with self._changed:
             self._jobs.pop(job.ticket.ticket_id, None)
+            self._changed.notify()
         job.settle(state, reason)
 
     def _notice(self, job: SendJob) -> None:

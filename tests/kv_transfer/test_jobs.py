@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from queue import Empty, SimpleQueue
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kv_transfer.errors import TicketError
+from kv_transfer.jobs import Piece, SendJob
+from kv_transfer.ticket import KVTicket, SendResult, TicketState
+from kv_transfer.timers import Janitor
+from protos.worker_pb2 import TokenOutput
+from tests.kv_transfer.conftest import LAYOUT
+
+TICKET = KVTicket("t", "r", 1, "w", 1, ("127.0.0.1:1",), tuple(range(8)), 0, 64, LAYOUT, 30.0)
+FIRST = TokenOutput(request_id="r", token_ids=[7])
+
+
+@pytest.fixture
+def janitor() -> Iterator[Janitor]:
+    janitor = Janitor("test-janitor")
+    janitor.start()
+    yield janitor
+    assert janitor.stop(5)
+
+
+def new_job(janitor: Janitor, max_places: int = 1000) -> tuple[SendJob, SimpleQueue[SendResult]]:
+    results: SimpleQueue[SendResult] = SimpleQueue()
+    return SendJob(TICKET, results.put, janitor, max_places), results
+
+
+def take(job: SendJob) -> list[Piece]:
+    pieces = []
+    while (piece := job.begin_gather()) is not None:
+        pieces.append(piece)
+        assert job.end_gather()
+    return pieces
+
+
+def test_layers_of_a_chunk_are_joined(janitor: Janitor) -> None:
+    job, _ = new_job(janitor)
+    slot_ids = list(range(100, 116))
+    for layer in range(3):
+        job.push(layer, 1, 0, slot_ids)
+    assert take(job) == [Piece(0, 3, 0, slot_ids)]
+
+
+def test_chunks_of_the_same_layers_are_joined(janitor: Janitor) -> None:
+    job, _ = new_job(janitor)
+    job.push(0, 3, 0, [10, 11])
+    job.push(0, 3, 2, [30])
+    assert take(job) == [Piece(0, 3, 0, [10, 11, 30])]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [(1, 1, 8, [1, 2]), (2, 1, 0, [1, 2]), (0, 1, 3, [3]), (1, 1, 0, [1, 3])],
+    ids=["other tokens", "a layer between", "a token between", "other slots"],
+)
+def test_what_is_not_adjacent_stays_apart(janitor: Janitor, other: tuple[int, int, int, list[int]]) -> None:
+    job, _ = new_job(janitor)
+    job.push(0, 1, 0, [1, 2])
+    job.push(*other)
+    assert take(job) == [Piece(0, 1, 0, [1, 2]), Piece(*other)]
+
+
+def test_a_join_stays_within_the_limit(janitor: Janitor) -> None:
+    job, _ = new_job(janitor, max_places=32)
+    for layer in range(3):
+        job.push(layer, 1, 0, list(range(16)))
+    assert [piece.num_layers for piece in take(job)] == [2, 1]
+
+
+@given(
+    chunks=st.lists(st.integers(1, 20), min_size=1, max_size=3),
+    run=st.integers(1, 3),
+    max_places=st.integers(1, 70),
+)
+def test_every_place_is_sent_exactly_once_within_the_limit(chunks: list[int], run: int, max_places: int) -> None:
+    job, _ = new_job(Janitor("not started"), max_places)
+    start = 0
+    for size in chunks:
+        for layer in range(0, 3, run):
+            job.push(layer, min(run, 3 - layer), start, list(range(500 + start, 500 + start + size)))
+        start += size
+    sent: set[tuple[int, int]] = set()
+    for piece in take(job):
+        assert 0 < piece.num_layers * piece.num_tokens <= max_places
+        assert list(piece.slot_ids) == list(range(500 + piece.first_token, 500 + piece.first_token + piece.num_tokens))
+        for layer in range(piece.first_layer, piece.first_layer + piece.num_layers):
+            for token in range(piece.first_token, piece.first_token + piece.num_tokens):
+                assert (layer, token) not in sent
+                sent.add((layer, token))
+    assert sent == {(layer, token) for layer in range(3) for token in range(start)}
+
+
+def test_the_first_token_follows_the_last_piece_once(janitor: Janitor) -> None:
+    job, _ = new_job(janitor)
+    job.push(0, 1, 0, [1])
+    assert job.take_first() is None
+    job.finish(FIRST)
+    assert job.take_first() is None, "a piece still waits"
+    take(job)
+    assert job.has_work
+    assert job.take_first() == FIRST
+    assert job.take_first() is None
+    assert not job.has_work
+
+
+def test_a_job_is_settled_once_and_forgets_its_pieces(janitor: Janitor) -> None:
+    job, results = new_job(janitor)
+    job.push(0, 1, 0, [1])
+    job.abort("client left")
+    job.abort("again")
+    assert not job.settle(TicketState.LOST, "late")
+    assert results.get(timeout=5) == SendResult("t", TicketState.ABORTED, "client left")
+    assert take(job) == []
+    job.push(1, 1, 0, [1])
+    job.finish(FIRST)
+    assert not job.has_work
+    with pytest.raises(Empty):
+        results.get(timeout=0.05)
+
+
+def test_the_result_waits_for_the_gather_under_way(janitor: Janitor) -> None:
+    job, results = new_job(janitor)
+    job.push(0, 1, 0, [1])
+    assert job.begin_gather() is not None
+    thread = threading.Thread(target=job.abort, args=["client left"])
+    thread.start()
+    thread.join(5)
+    with pytest.raises(Empty):
+        results.get(timeout=0.05)
+    assert not job.end_gather()
+    assert results.get(timeout=5).state is TicketState.ABORTED
+
+
+@pytest.mark.parametrize(
+    ("push", "message"),
+    [
+        ((0, 1, 60, [1, 2, 3, 4, 5]), r"tokens \[60, 65\)"),
+        ((0, 1, -1, [1]), "outside the ticket's"),
+        ((0, 1, 0, []), r"tokens \[0, 0\)"),
+        ((2, 2, 0, [1]), r"layers \[2, 4\)"),
+        ((0, 0, 0, [1]), r"layers \[0, 0\)"),
+    ],
+)
+def test_a_push_outside_the_ticket_is_refused(
+    janitor: Janitor, push: tuple[int, int, int, list[int]], message: str
+) -> None:
+    job, _ = new_job(janitor)
+    with pytest.raises(TicketError, match=message):
+        job.push(*push)
+
+
+def test_nothing_may_follow_finish(janitor: Janitor) -> None:
+    job, _ = new_job(janitor)
+    job.finish(FIRST)
+    with pytest.raises(TicketError, match="after finish"):
+        job.push(0, 1, 0, [1])
+    with pytest.raises(TicketError, match="twice"):
+        job.finish(FIRST)

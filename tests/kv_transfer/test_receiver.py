@@ -1,0 +1,194 @@
+"""What may be written, what is dropped, and what happens to a ticket whose KV goes wrong on the way."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kv_transfer.gloo import GlooTransport
+from kv_transfer.jobs import SendJob
+from kv_transfer.loopback import LoopbackTransport
+from kv_transfer.ticket import TicketState
+from tests.kv_transfer.conftest import (
+    BOUND_S,
+    LAYOUT,
+    Delivery,
+    Make,
+    Memory,
+    Two,
+    first_token_of,
+    offer,
+    send_all,
+    slots,
+)
+from tests.kv_transfer.test_sender import assert_usable, wait_until
+
+
+def begin(two: Two, num_tokens: int = 24) -> tuple[Delivery, SendJob]:
+    """A ticket of which one layer has been sent."""
+    blocks = range(num_tokens // 8)
+    delivery = offer(two.receiver, num_tokens, blocks)
+    job = two.sender.open_send(delivery.ticket, delivery.sent.put)
+    job.push(0, 1, 0, slots(blocks, 0, num_tokens))
+    return delivery, job
+
+
+def test_a_late_piece_is_dropped_and_writes_nothing(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sender does not hear the verdict, goes on, and the blocks belong to another ticket by then."""
+    delivery, job = begin(two)
+    wait_until(lambda: two.receiver.stats().received_pieces == 1, "the first layer came")
+    with monkeypatch.context() as deaf:
+        deaf.setattr("kv_transfer.sender.SenderPair._settle", lambda *_: None)
+        two.receiver.abort(delivery.ticket.ticket_id, "client left")
+        assert delivery.at_receiver() == (TicketState.ABORTED, "client left")
+        heir = offer(two.receiver, 24, delivery.ticket.block_ids)
+        two.target.kv.zero_()
+        job.push(1, 2, 0, slots([0, 1, 2], 0, 24))
+        job.finish(first_token_of(delivery))
+        wait_until(lambda: two.receiver.stats().dropped_pieces >= 1, "the late piece came")
+        threading.Event().wait(0.05)
+    assert not two.target.kv.any()
+    job.abort("over")
+    send_all(two.sender, heir, [4, 5, 6])
+    heir.assert_delivered()
+    two.assert_same([4, 5, 6], [0, 1, 2], 0, 24)
+
+
+def test_an_abort_tells_the_owner_only_after_the_scatter_under_way(two: Two) -> None:
+    two.target.scatter_gate.clear()
+    delivery, _ = begin(two)
+    assert two.target.scattering.wait(BOUND_S)
+    assert two.receiver.abort(delivery.ticket.ticket_id, "client left")
+    threading.Event().wait(0.1)
+    assert delivery.received.empty()
+    two.target.scatter_gate.set()
+    assert delivery.at_receiver() == (TicketState.ABORTED, "client left")
+    assert delivery.at_sender().state is TicketState.ABORTED
+    assert_usable(two)
+
+
+def test_a_damaged_piece_aborts_its_ticket_and_is_not_written(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    for transport in (GlooTransport, LoopbackTransport):
+        honest = transport.send
+
+        def flip(self: object, data: torch.Tensor, honest: object = honest) -> object:
+            data[data.numel() // 2] ^= 0x10
+            return honest(self, data)  # type: ignore[operator]
+
+        monkeypatch.setattr(transport, "send", flip)
+    delivery, _ = begin(two)
+    assert delivery.at_receiver() == (TicketState.ABORTED, "digest mismatch")
+    assert delivery.at_sender().reason == "digest mismatch"
+    assert not two.target.kv.any()
+    assert two.receiver.stats().digest_mismatches == 1
+    monkeypatch.undo()
+    assert_usable(two)
+
+
+def test_swapped_pieces_are_caught(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pieces of one size whose bytes change places on the way."""
+    held: list[torch.Tensor] = []
+    for transport in (GlooTransport, LoopbackTransport):
+        honest = transport.send
+
+        def shuffle(self: object, data: torch.Tensor, honest: object = honest) -> object:
+            other = torch.zeros_like(data) if not held else held[0]
+            held.append(data.clone())
+            return honest(self, other)  # type: ignore[operator]
+
+        monkeypatch.setattr(transport, "send", shuffle)
+    first, second = offer(two.receiver, 8, [0]), offer(two.receiver, 8, [1])
+    for delivery, block in ((first, 0), (second, 1)):
+        job = two.sender.open_send(delivery.ticket, delivery.sent.put)
+        job.push(0, 3, 0, slots([block], 0, 8))
+        assert delivery.at_receiver() == (TicketState.ABORTED, "digest mismatch")
+    assert not two.target.kv.any()
+
+
+def test_without_digests_damage_is_not_seen(make_node: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = LoopbackTransport.send
+
+    def flip(self: LoopbackTransport, data: torch.Tensor) -> object:
+        data[0] ^= 1
+        return honest(self, data)
+
+    monkeypatch.setattr(LoopbackTransport, "send", flip)
+    sender = make_node("prefill", Memory(LAYOUT, seed=1), digest="none")
+    receiver = make_node("decode", Memory(LAYOUT), digest="none")
+    delivery = offer(receiver, 8, [0])
+    send_all(sender, delivery, [0])
+    delivery.assert_delivered()
+    assert receiver.stats().digest_mismatches == 0
+
+
+def test_a_scatter_that_fails_ends_its_ticket_alone(two: Two) -> None:
+    """Block 64 is beyond the memory."""
+    delivery = offer(two.receiver, 8, [64])
+    send_all(two.sender, delivery, [0])
+    state, reason = delivery.at_receiver()  # type: ignore[misc]
+    assert state is TicketState.ABORTED
+    assert "writing KV failed: IndexError" in reason
+    assert delivery.at_sender().state is TicketState.ABORTED
+    assert_usable(two)
+
+
+def test_kv_pushed_twice_aborts_the_ticket(two: Two) -> None:
+    delivery, job = begin(two)
+    job.push(0, 1, 8, slots([1], 0, 8))
+    state, reason = delivery.at_receiver()  # type: ignore[misc]
+    assert state is TicketState.ABORTED
+    assert "came twice" in reason
+    assert delivery.at_sender().reason == reason
+    assert_usable(two)
+
+
+def test_finishing_too_early_aborts_the_ticket(two: Two) -> None:
+    delivery, job = begin(two)
+    job.finish(first_token_of(delivery))
+    state, reason = delivery.at_receiver()  # type: ignore[misc]
+    assert state is TicketState.ABORTED
+    assert "KV of 48 (layer, token) places never came" in reason
+    assert delivery.at_sender().reason == reason
+    assert_usable(two)
+
+
+def test_an_expired_ticket_ends_on_both_sides(make_node: Make) -> None:
+    sender = make_node("prefill", Memory(LAYOUT))
+    receiver = make_node("decode", Memory(LAYOUT), ticket_lease_s=0.3)
+    delivery = offer(receiver, 8, [0])
+    job = sender.open_send(delivery.ticket, delivery.sent.put)
+    job.push(0, 1, 0, list(range(8)))
+    assert delivery.at_receiver()[0] is TicketState.EXPIRED  # type: ignore[index]
+    assert delivery.at_sender().state is TicketState.EXPIRED
+    receiver.check_integrity(idle=True)
+
+
+def test_a_renewed_ticket_outlives_its_lease(make_node: Make) -> None:
+    sender = make_node("prefill", Memory(LAYOUT))
+    receiver = make_node("decode", Memory(LAYOUT), ticket_lease_s=0.5)
+    delivery = offer(receiver, 8, [0], owner="router-1")
+    for _ in range(15):
+        threading.Event().wait(0.05)
+        receiver.renew("router-1")
+    send_all(sender, delivery, [0])
+    delivery.assert_delivered()
+
+
+def test_a_slow_receiver_holds_the_sender_back_and_loses_nothing(make_node: Make) -> None:
+    layout = replace(LAYOUT, num_kv_heads=8, head_dim=128)
+    source, target = Memory(layout, seed=1), Memory(layout)
+    sender = make_node("prefill", source, layout=layout, piece_mib=1, staging_mib=2)
+    receiver = make_node("decode", target, layout=layout, piece_mib=1, staging_mib=2)
+    target.scatter_gate.clear()
+    delivery = offer(receiver, 512, range(64))
+    job = send_all(sender, delivery, range(64))
+    assert target.scattering.wait(BOUND_S)
+    threading.Event().wait(0.3)
+    assert source.num_gathers < 12, "staging bounds what is under way"
+    assert not job.settled
+    target.scatter_gate.set()
+    delivery.assert_delivered()
+    assert torch.equal(source.kv, target.kv)
