@@ -123,7 +123,8 @@ class Place:
             if may_refuse:
                 self._line.check_open()
             self._line.insert(self)
-        if self.state is PlaceState.TRYING and self._line.news_since(self._seen):
+        if self._line.head() is self and self._line.news_since(self._seen):
+            self.state = PlaceState.TRYING
             return
         self.state = PlaceState.WAITING
         self._woken = asyncio.get_running_loop().create_future()

@@ -27,18 +27,30 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Generate(self, request: inference_pb2.GenerateRequest, context: GenerateContext) -> None:
         """Stream a request's events; see protos/inference.proto."""
         outcome = "client_gone"
+        failure: RouterError | None = None
         try:
             outcome = await Session(self._desk, request, context).serve()
         except RouterError as error:
+            failure = error
             outcome = error.code.name.lower()
             logger.info("request failed: %s", error, extra={"request_id": request.request_id, "status": outcome})
-            await abort(context, error)
+        except grpc.aio.InternalError:
+            logger.info("the client is gone", extra={"request_id": request.request_id})
         except Exception:
+            failure = RouterError("the router failed; its log says why")
             outcome = "internal"
             logger.exception("request failed by a defect", extra={"request_id": request.request_id})
-            await context.abort(grpc.StatusCode.INTERNAL, "the router failed; its log says why")
         finally:
             self._desk.stats.ended(outcome)
+        if failure is not None:
+            await self._tell(context, failure)
+
+    async def _tell(self, context: GenerateContext, failure: RouterError) -> None:
+        """The status; a client that does not read gets it when it does, or goes."""
+        try:
+            await abort(context, failure)
+        except grpc.aio.InternalError:
+            logger.info("the client was gone before its status: %s", failure)
 
     async def Cancel(
         self,

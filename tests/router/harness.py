@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def run(scenario: Coroutine[Any, Any, None], timeout_s: float = 30.0) -> None:
 async def eventually(check: Any, timeout_s: float = 5.0) -> None:
     """Wait until a condition of the test holds."""
     async with asyncio.timeout(timeout_s):
-        while not check():
+        while not check():  # noqa: ASYNC110 (conditions of several parties)
             await asyncio.sleep(0.005)
 
 
@@ -100,7 +100,7 @@ class Cluster:
     async def add_worker(
         self, worker_id: str, role: Role, behaviour: Behaviour | None = None, **fields: Any
     ) -> FakeWorker:
-        worker = FakeWorker(worker_id, role, self.store, self.peers, behaviour or Behaviour(), **fields)
+        worker = FakeWorker(worker_id, role, self.store, self.peers, replace(behaviour or Behaviour()), **fields)
         await worker.start()
         self.workers[worker_id] = worker
         return worker

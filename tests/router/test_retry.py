@@ -1,0 +1,199 @@
+"""Workers die, refuse and give up; the client sees a pause at most."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import pytest
+
+from router.errors import AttemptFailedError, UnavailableError
+from router.info import WorkerLife
+from router.retry import Attempts
+from tests.router.fake_worker import Behaviour, FakeWorker, expected_answer
+from tests.router.harness import PROMPT, Answer, Cluster, ask, cluster, eventually, run
+
+
+async def decoding(made: Cluster, request_id: str, beyond: int) -> FakeWorker:
+    """The worker that decodes a request, once it has got some way."""
+
+    def serving() -> list[FakeWorker]:
+        return [
+            worker
+            for worker in made.workers.values()
+            if request_id in worker.running and worker.running[request_id].known > beyond
+        ]
+
+    await eventually(serving)
+    return serving()[0]
+
+
+async def stream_across(made: Cluster, harm: Callable[[FakeWorker], object], num: int = 60) -> Answer:
+    """A stream whose decode worker is harmed in the middle."""
+    streaming = asyncio.create_task(made.ask(ask("r1", num=num)))
+    worker = await decoding(made, "r1", beyond=10)
+    outcome = harm(worker)
+    if asyncio.iscoroutine(outcome):
+        await outcome
+    return await streaming
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_decode_worker_killed_mid_stream(model: Path, split: bool) -> None:
+    async def scenario() -> None:
+        async with cluster(model, split=split, decode=2, behaviour=Behaviour(step_s=0.005)) as made:
+            answer = await stream_across(made, lambda worker: worker.kill())
+            assert answer.token_ids == expected_answer(PROMPT, 60)
+            assert answer.reason == "LENGTH"
+            assert made.app.stats().failed_attempts == 1
+            second = [request for worker in made.workers.values() for request in worker.received if request.attempt]
+            assert second
+            assert all(list(request.resume_from) == answer.token_ids[: len(request.resume_from)] for request in second)
+            assert all(len(request.resume_from) > 10 for request in second)
+            await made.idle()
+
+    run(scenario())
+
+
+def test_decode_worker_falls_silent(model: Path) -> None:
+    async def scenario() -> None:
+        waits = {"heartbeat_s": 0.2, "worker_silence_s": 0.5}
+        async with cluster(model, decode=2, behaviour=Behaviour(step_s=0.005), **waits) as made:
+            started = time.monotonic()
+            answer = await stream_across(made, lambda worker: setattr(worker.behaviour, "silent", True))
+            assert answer.token_ids == expected_answer(PROMPT, 60)
+            assert time.monotonic() - started < 5.0
+            await made.ready(2)
+
+    run(scenario())
+
+
+def test_worker_that_gives_a_request_up(model: Path) -> None:
+    async def scenario() -> None:
+        async with cluster(model, decode=2) as made:
+            for worker in made.workers.values():
+                worker.behaviour.fail_at = 7
+            answer = await made.ask(ask("r1", num=20))
+            assert answer.token_ids == expected_answer(PROMPT, 20)
+            assert made.app.stats().failed_attempts >= 1
+            await made.idle()
+
+    run(scenario())
+
+
+def test_only_worker_of_a_role_may_try_again(model: Path) -> None:
+    async def scenario() -> None:
+        async with cluster(model) as made:
+            made.workers["d0"].behaviour.fail_at = 3
+            answer = await made.ask(ask("r1", num=20))
+            assert answer.token_ids == expected_answer(PROMPT, 20)
+            await made.idle()
+
+    run(scenario())
+
+
+def test_repeated_tokens_are_dropped(model: Path) -> None:
+    async def scenario() -> None:
+        async with cluster(model, behaviour=Behaviour(repeat=True)) as made:
+            answer = await made.ask(ask("r1", num=30))
+            assert answer.token_ids == expected_answer(PROMPT, 30)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("harm", ["kill", "silent"])
+def test_prefill_worker_lost_while_it_computes(model: Path, harm: str) -> None:
+    async def scenario() -> None:
+        waits = {"heartbeat_s": 0.2, "worker_silence_s": 0.5}
+        async with cluster(model, prefill=2, behaviour=Behaviour(prefill_s=0.3), **waits) as made:
+            streaming = asyncio.create_task(made.ask(ask("r1", num=10)))
+            await eventually(lambda: any(worker.prefilling for worker in made.workers.values()))
+            victim = next(worker for worker in made.workers.values() if worker.prefilling)
+            if harm == "kill":
+                await victim.kill()
+            else:
+                victim.behaviour.silent = True
+            answer = await streaming
+            assert answer.token_ids == expected_answer(PROMPT, 10)
+            assert answer.finished is not None
+            assert answer.finished.prefill_worker != f"{victim.worker_id}/1"
+            await eventually(lambda: ("decode", "r1", 0) in made.workers["d0"].aborts)
+            await made.idle()
+
+    run(scenario())
+
+
+def test_worker_that_answers_unavailable_is_left_alone(model: Path) -> None:
+    async def scenario() -> None:
+        async with cluster(model, decode=2) as made:
+            made.workers["d0"].behaviour.unavailable = True
+            for number in range(4):
+                answer = await made.ask(ask(f"r{number}"))
+                assert answer.finished is not None
+                assert answer.finished.decode_worker == "d1/1"
+
+    run(scenario())
+
+
+def test_gives_up_after_max_attempts(model: Path) -> None:
+    async def scenario() -> None:
+        async with cluster(model, decode=3, max_attempts=2) as made:
+            for worker in made.workers.values():
+                worker.behaviour.unavailable = worker.role == "decode"
+            refusal = await made.refused(ask("r1"))
+            assert refusal.code is grpc.StatusCode.UNAVAILABLE
+            assert "2 attempts" in refusal.message
+            assert refusal.retry_after_s == 1.0
+            await made.idle()
+
+    run(scenario())
+
+
+def test_restarted_worker_serves_with_its_new_epoch(model: Path) -> None:
+    async def scenario() -> None:
+        async with cluster(model, no_worker_grace_s=5.0) as made:
+            assert (await made.ask(ask("r1"))).reason == "LENGTH"
+            await made.workers["d0"].kill()
+            again = asyncio.create_task(made.ask(ask("r2")))
+            await asyncio.sleep(0.1)
+            await made.add_worker("d0", "decode")
+            answer = await again
+            assert answer.finished is not None
+            assert answer.finished.decode_worker == "d0/2"
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_no_worker_of_a_role_is_unavailable_soon(model: Path, role: str) -> None:
+    async def scenario() -> None:
+        counts = {"prefill": 1, "decode": 1, role: 0}
+        async with cluster(model, **counts) as made:
+            started = time.monotonic()
+            refusals = await asyncio.gather(*(made.refused(ask(f"r{number}")) for number in range(5)))
+            assert time.monotonic() - started < 1.5
+            for refusal in refusals:
+                assert refusal.code is grpc.StatusCode.UNAVAILABLE
+                assert f"no {role} worker is ready" in refusal.message
+                assert refusal.retry_after_s == 1.0
+            await made.idle()
+
+    run(scenario())
+
+
+def test_attempts_count_failures_and_keep_away_from_who_failed() -> None:
+    async def scenario() -> None:
+        attempts = Attempts(max_attempts=3, retry_after_s=2.0)
+        life, other = WorkerLife("w", 1, 1), WorkerLife("x", 1, 1)
+        assert [attempts.begin(), attempts.begin()] == [0, 1]
+        attempts.failed(AttemptFailedError("a", worker=life), frozenset({life, other}))
+        assert (attempts.excluded, attempts.avoided) == (frozenset({life}), frozenset())
+        attempts.failed(AttemptFailedError("b"), frozenset({other}))
+        assert (attempts.excluded, attempts.avoided) == (frozenset({life}), frozenset({other}))
+        with pytest.raises(UnavailableError, match="3 attempts, the last failed with: c"):
+            attempts.failed(AttemptFailedError("c"), frozenset())
+
+    run(scenario())
