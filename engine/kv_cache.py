@@ -54,7 +54,7 @@ class KVCache:
     @property
     def bytes_per_block(self) -> int:
         """Memory of one block over all layers."""
-        return self.data.numel() * self.data.itemsize // self.num_blocks
+        return int(self.data.nbytes) // self.num_blocks
 
     def layer(self, layer: int) -> torch.Tensor:
         """Keys, then values of a layer: [2 * num_kv_heads, num_slots, head_dim]."""

@@ -70,7 +70,7 @@ class PackedMatrix:
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether weights on this device and of this type are packed."""
-    return device.type == "cpu" and dtype is torch.float32 and torch._C.has_mkldnn
+    return device.type == "cpu" and dtype is torch.float32 and torch._C._has_mkldnn
 
 
 def row_multiple(device: torch.device, dtype: torch.dtype) -> int:

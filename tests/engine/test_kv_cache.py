@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+import torch
+
+from engine.config import CacheOptions
+from engine.errors import CapacityError, IntegrityError
+from engine.kv_cache import KVCache, blocks_for
+from engine.models.config import ModelConfig
+
+LAYERS, BLOCKS, BLOCK_SIZE, HEADS, HEAD_DIM = 3, 6, 8, 2, 4
+CONFIG = ModelConfig(
+    architecture="LlamaForCausalLM",
+    num_layers=LAYERS,
+    hidden_size=16,
+    intermediate_size=32,
+    num_heads=4,
+    num_kv_heads=HEADS,
+    head_dim=HEAD_DIM,
+    vocab_size=50,
+    max_model_len=64,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+)
+
+
+def make_cache() -> KVCache:
+    return KVCache(
+        num_layers=LAYERS,
+        num_blocks=BLOCKS,
+        block_size=BLOCK_SIZE,
+        num_kv_heads=HEADS,
+        head_dim=HEAD_DIM,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+
+
+def random_slots(count: int) -> list[int]:
+    return random.Random(count).sample(range(BLOCKS * BLOCK_SIZE), count)
+
+
+def test_what_is_written_is_gathered() -> None:
+    cache, slots = make_cache(), random_slots(11)
+    written = torch.randn(LAYERS, 11, 2 * HEADS, HEAD_DIM)
+    for layer in range(LAYERS):
+        cache.write(layer, torch.tensor(slots), written[layer])
+    out = torch.empty(2, 2, 11, HEADS, HEAD_DIM)
+    cache.gather(1, 2, slots, out)
+    assert torch.equal(out, written[1:].view(2, 11, 2, HEADS, HEAD_DIM).transpose(1, 2))
+
+
+def test_scatter_reverses_gather_and_touches_nothing_else() -> None:
+    cache, other = make_cache(), make_cache()
+    cache.data.normal_()
+    other.data.normal_()
+    before = other.data.clone()
+    source, target = random_slots(13), random_slots(13)[::-1]
+    moved = torch.empty(1, 2, 13, HEADS, HEAD_DIM)
+    cache.gather(1, 1, source, moved)
+    other.scatter(1, 1, target, moved)
+    assert torch.equal(other.data[1][:, :, target], cache.data[1][:, :, source])
+    changed = (other.data != before).any(dim=-1).any(dim=2).any(dim=1).nonzero().tolist()
+    assert sorted(changed) == sorted([1, slot] for slot in target)
+
+
+def test_no_slots_are_no_work() -> None:
+    cache = make_cache()
+    cache.gather(0, LAYERS, [], torch.empty(LAYERS, 2, 0, HEADS, HEAD_DIM))
+    cache.scatter(0, LAYERS, [], torch.empty(LAYERS, 2, 0, HEADS, HEAD_DIM))
+    assert not cache.data.any()
+
+
+@pytest.mark.parametrize(
+    ("first_layer", "num_layers", "slots", "message"),
+    [
+        (-1, 1, [0], "layers -1 to 0 are not within the 3"),
+        (2, 2, [0], "layers 2 to 4 are not within the 3"),
+        (0, 0, [0], "layers 0 to 0"),
+        (0, 1, [-1], r"slots must be from 0 to 47, got -1\.\.-1"),
+        (0, 1, [3, 48], r"slots must be from 0 to 47, got 3\.\.48"),
+    ],
+)
+def test_places_that_do_not_exist_are_refused(
+    first_layer: int, num_layers: int, slots: list[int], message: str
+) -> None:
+    cache = make_cache()
+    data = torch.ones(max(num_layers, 0), 2, len(slots), HEADS, HEAD_DIM)
+    for move in (cache.gather, cache.scatter):
+        with pytest.raises(IntegrityError, match=message):
+            move(first_layer, num_layers, slots, data)
+    assert not cache.data.any()
+
+
+def test_values_of_another_shape_or_type_are_refused() -> None:
+    cache = make_cache()
+    for data in (torch.empty(1, 2, 2, HEADS, HEAD_DIM), torch.empty(1, 2, 1, HEADS, HEAD_DIM, dtype=torch.bfloat16)):
+        for move in (cache.gather, cache.scatter):
+            with pytest.raises(IntegrityError, match=r"expected torch.float32 values of shape \(1, 2, 1, 2, 4\)"):
+                move(0, 1, [0], data)
+
+
+def test_memory_decides_the_number_of_blocks_unless_it_is_given() -> None:
+    assert blocks_for(CacheOptions(num_blocks=7), CONFIG, torch.float32) == 7
+    block_bytes = make_cache().bytes_per_block
+    assert block_bytes == LAYERS * 2 * BLOCK_SIZE * HEADS * HEAD_DIM * 4
+    cache = CacheOptions(block_size=BLOCK_SIZE, memory_mib=1)
+    assert blocks_for(cache, CONFIG, torch.float32) == (1 << 20) // block_bytes
+    assert blocks_for(cache, CONFIG, torch.bfloat16) == (1 << 20) // (block_bytes // 2)
+    assert blocks_for(cache, CONFIG, torch.float32, num_kv_heads=1) == (1 << 20) // (block_bytes // 2)
+
+
+def test_too_little_memory_is_refused() -> None:
+    config = dataclasses.replace(CONFIG, num_layers=200, head_dim=64)
+    with pytest.raises(CapacityError, match=r"memory_mib \(1\) has room for 0 KV blocks of 26214400 bytes"):
+        blocks_for(CacheOptions(block_size=128, memory_mib=1), config, torch.float32)

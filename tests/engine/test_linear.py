@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from engine.errors import IntegrityError
+from engine.layers.embedding import ParallelHead, VocabParallelEmbedding
+from engine.layers.linear import ColumnParallelLinear, LinearSpec, RowParallelLinear
+from engine.layers.matrix import DenseMatrix, Matrix, PackedMatrix, can_pack, make_matrix, row_multiple
+from engine.parallel import TensorParallel
+
+CPU = torch.device("cpu")
+
+
+def make_spec(inputs: int, *, bias: bool = False) -> LinearSpec:
+    return LinearSpec(inputs=inputs, bias=bias, dtype=torch.float32, device=CPU)
+
+
+@pytest.mark.parametrize("kind", [PackedMatrix, DenseMatrix])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("num_rows", [1, 3, 4, 65])
+def test_every_form_of_a_weight_multiplies_alike(kind: type[Matrix], biased: bool, num_rows: int) -> None:
+    weight, x, other = torch.randn(96, 70), torch.randn(num_rows, 70), torch.randn(num_rows, 96)
+    bias = torch.randn(96) if biased else None
+    with torch.inference_mode():
+        matrix = kind(weight, bias)  # type: ignore[call-arg]
+        before = other.clone()
+        expected = functional.linear(x, weight, bias)
+        torch.testing.assert_close(matrix.multiply(x), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(matrix.multiply_add(x, other), expected + other, rtol=1e-4, atol=1e-4)
+    assert torch.equal(other, before)
+
+
+def test_only_float32_on_a_cpu_is_packed() -> None:
+    assert can_pack(CPU, torch.float32) == torch.backends.mkldnn.is_available()
+    assert not can_pack(CPU, torch.bfloat16)
+    assert not can_pack(torch.device("cuda"), torch.float32)
+    assert row_multiple(CPU, torch.bfloat16) == 1
+    assert isinstance(make_matrix(torch.randn(8, 8).bfloat16()), DenseMatrix)
+
+
+@pytest.mark.skipif(not can_pack(CPU, torch.float32), reason="this torch has no oneDNN")
+@pytest.mark.parametrize(("outputs", "inputs"), [(960, 576), (576, 1536), (3072, 576)])
+def test_a_row_does_not_depend_on_the_others(outputs: int, inputs: int) -> None:
+    matrix, x = make_matrix(torch.randn(outputs, inputs)), torch.randn(512, inputs)
+    assert isinstance(matrix, PackedMatrix)
+    with torch.inference_mode():
+        whole = matrix.multiply(x)
+        for num_rows in range(row_multiple(CPU, torch.float32), 512, 52):
+            assert torch.equal(matrix.multiply(x[:num_rows]), whole[:num_rows]), num_rows
+
+
+def test_projections_of_one_input_lie_one_after_the_other() -> None:
+    weights = {"q": torch.randn(8, 6), "k": torch.randn(4, 6)}
+    biases = {"q": torch.randn(8), "k": torch.randn(4)}
+    layer = ColumnParallelLinear(make_spec(6, bias=True), {"q": range(2, 6), "k": range(1, 3)})
+    for name in ("k", "q"):
+        layer.load(name, "bias", biases[name])
+        layer.load(name, "weight", weights[name])
+    x = torch.randn(4, 6)
+    expected = torch.cat(
+        [
+            functional.linear(x, weights["q"], biases["q"])[:, 2:6],
+            functional.linear(x, weights["k"], biases["k"])[:, 1:3],
+        ],
+        dim=1,
+    )
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_a_row_parallel_layer_adds_what_came_in() -> None:
+    layer = RowParallelLinear(make_spec(6, bias=True), "o", 5, range(6), TensorParallel())
+    weight, bias, x, residual = torch.randn(5, 6), torch.randn(5), torch.randn(4, 6), torch.randn(4, 5)
+    layer.load("o", "weight", weight)
+    layer.load("o", "bias", bias)
+    torch.testing.assert_close(layer(x, residual), functional.linear(x, weight, bias) + residual)
+
+
+def test_a_weight_that_is_not_awaited_is_a_defect() -> None:
+    layer = ColumnParallelLinear(make_spec(6), {"q": range(4), "k": range(2)})
+    layer.load("q", "weight", torch.randn(4, 6))
+    with pytest.raises(IntegrityError, match=r"q\.weight is not awaited here; missing are \[\('k', 'weight'\)\]"):
+        layer.load("q", "weight", torch.randn(4, 6))
+    layer.load("k", "weight", torch.randn(2, 6))
+    with pytest.raises(IntegrityError, match=r"k\.weight came twice"):
+        layer.load("k", "weight", torch.randn(2, 6))
+
+
+def test_the_ends_of_a_model_look_up_and_project() -> None:
+    weight, ids = torch.randn(11, 6), torch.tensor([0, 10, 3, 3])
+    embedding = VocabParallelEmbedding(weight, TensorParallel())
+    assert torch.equal(embedding(ids), weight[ids])
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(ParallelHead(weight, TensorParallel())(x), x @ weight.T)
