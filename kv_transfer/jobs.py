@@ -99,8 +99,8 @@ class SendJob:
     def push(self, first_layer: int, num_layers: int, first_token: int, slot_ids: Sequence[int]) -> None:
         """Send the KV of tokens [first_token, first_token + len(slot_ids)) of these layers, which lies at slot_ids.
 
-        The slots must keep their content until the job is settled. TicketError if the tokens are
-        not the ticket's or the layers not the model's; a job that has settled ignores the push.
+        The slots must keep their content, and the list its items, until the job is settled. TicketError
+        if the tokens are not the ticket's or the layers not the model's; a settled job ignores the push.
         """
         ticket = self.ticket
         end = first_token + len(slot_ids)

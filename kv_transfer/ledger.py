@@ -65,6 +65,7 @@ class TicketLedger:
         self._blocks: set[int] = set()
         self._ended: OrderedDict[str, tuple[TicketState, str]] = OrderedDict()
         self._alarm_set = False
+        self._stopped: str | None = None
 
     @property
     def num_open(self) -> int:
@@ -77,6 +78,8 @@ class TicketLedger:
         """Open a ticket; TicketError if its blocks or its name cannot be right."""
         self._check_grant(grant)
         with self._lock:
+            if self._stopped is not None:
+                raise TicketError(f"nothing can be granted: {self._stopped}")
             if grant.ticket_id in self._open or grant.ticket_id in self._ended:
                 raise TicketError(f"ticket {grant.ticket_id} was granted before: a ticket's name is used once")
             if shared := self._blocks.intersection(grant.block_ids):
@@ -102,6 +105,12 @@ class TicketLedger:
                 return False
             self._end(ticket, state, reason)
             return True
+
+    def stop(self, reason: str) -> None:
+        """Abort every ticket, and grant nothing any more."""
+        with self._lock:
+            self._stopped = reason
+        self.end_all(reason)
 
     def end_all(self, reason: str, holder: Holder | None = None) -> int:
         """Abort every ticket (of a holder, if one is named); the number of them."""

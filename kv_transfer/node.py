@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from kv_transfer.config import TransferConfig
 from kv_transfer.context import Counters, NodeContext, TransferStats
-from kv_transfer.errors import TransferIntegrityError
+from kv_transfer.errors import PairError, TransferIntegrityError
 from kv_transfer.handshake import Handshake, Identity, layout_objections
 from kv_transfer.jobs import SendJob
 from kv_transfer.layout import KVLayout
@@ -80,7 +80,7 @@ class TransferNode:
             self._stopped = True
             pairs = list(self._alive)
         reason = f"worker {self._context.identity} stops"
-        self._context.ledger.end_all(reason)
+        self._context.ledger.stop(reason)
         for pair in pairs:
             pair.close(reason)
         self._peers.stop(reason)
@@ -97,7 +97,8 @@ class TransferNode:
         """Begin sending under a ticket, over the pair to its receiver, which is made if there is none.
 
         `on_settled` is called exactly once, from a transfer thread, when nothing reads this side's
-        KV for the ticket any more; it must not block. What is wrong with the ticket arrives there too.
+        KV for the ticket any more; it must not block. A ticket that cannot be used is ABORTED there too;
+        PairError if this node has stopped, TicketError if the ticket is being sent already.
         """
         context = self._context
         max_places = context.piece_bytes // context.layout.bytes_per_token_layer
@@ -111,8 +112,7 @@ class TransferNode:
         key = (ticket.worker_id, ticket.epoch, ticket.control_addresses[context.layout.tp_rank])
         with self._lock:
             if self._stopped:
-                job.settle(TicketState.ABORTED, f"worker {context.identity} stops")
-                return job
+                raise PairError(f"worker {context.identity} has stopped: nothing can be sent")
             pair = self._outgoing.get(key)
             if pair is None or not pair.adopt(job):
                 self._outgoing[key] = self._new_pair(key, job)

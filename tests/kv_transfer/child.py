@@ -16,6 +16,14 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import torch
+
+from kv_transfer.config import TransferConfig
+from kv_transfer.node import TransferNode
+from kv_transfer.ticket import KVTicket, ReceivedKV, SendResult
+from protos import worker_pb2
+from tests.kv_transfer import conftest
+
 BOUND_S = 30.0
 ROOT = Path(__file__).parents[2]
 
@@ -67,33 +75,39 @@ class Child:
             (self.events if "event" in message else self._answers).put(message)
 
 
+_lock = threading.Lock()
+
+
+def _say(**message: object) -> None:
+    with _lock:
+        print(json.dumps(message), flush=True)
+
+
+class _Told(SimpleQueue[Any]):
+    """Where a node's verdicts go: to the parent."""
+
+    def put(self, item: Any, *_: Any) -> None:
+        if isinstance(item, ReceivedKV):
+            _say(event="ready", id=item.ticket_id, num_bytes=item.num_bytes)
+        elif isinstance(item, SendResult):
+            _say(event="settled", id=item.ticket_id, state=item.state.value, reason=item.reason)
+        else:
+            _say(event="end", state=item[0].value, reason=item[1])
+
+
+def _send(node: TransferNode, command: dict[str, Any]) -> None:
+    ticket = KVTicket.from_proto(worker_pb2.KVTicket.FromString(bytes.fromhex(command["send"])))
+    job = node.open_send(ticket, _Told().put)
+    slot_ids = conftest.slots(command["blocks"], 0, command["tokens"])
+    for layer in range(conftest.LAYOUT.num_layers):
+        job.push(layer, 1, 0, slot_ids)
+    if command["finish"]:
+        job.finish(worker_pb2.TokenOutput(request_id=ticket.request_id, token_ids=[7]))
+    _say(sent=True)
+
+
 def _main(start: dict[str, Any]) -> None:
-    import torch
-
-    from kv_transfer.config import TransferConfig
-    from kv_transfer.node import TransferNode
-    from kv_transfer.ticket import KVTicket, ReceivedKV, SendResult, TicketState
-    from protos import worker_pb2
-    from tests.kv_transfer import conftest
-
     torch.set_num_threads(1)
-    lock = threading.Lock()
-
-    def say(**message: object) -> None:
-        with lock:
-            print(json.dumps(message), flush=True)
-
-    class Told(SimpleQueue[Any]):
-        def put(self, item: Any, *_: Any) -> None:
-            if isinstance(item, ReceivedKV):
-                say(event="ready", id=item.ticket_id, num_bytes=item.num_bytes)
-            elif isinstance(item, SendResult):
-                say(event="settled", id=item.ticket_id, state=item.state.value, reason=item.reason)
-            else:
-                state: TicketState = item[0]
-                say(event="end", state=state.value, reason=item[1])
-
-    conftest.queue.SimpleQueue = Told  # type: ignore[misc]
     memory = conftest.Memory(conftest.LAYOUT, seed=5)
     node = TransferNode(
         worker_id=start["worker_id"],
@@ -103,25 +117,18 @@ def _main(start: dict[str, Any]) -> None:
         config=TransferConfig(**start["config"]),
         secret=conftest.SECRET,
     )
-    say(started=node.start())
+    _say(started=node.start())
     for line in sys.stdin:
         command = json.loads(line)
         if "grant" in command:
-            ticket = conftest.offer(node, command["grant"], command["blocks"]).ticket
-            say(ticket=ticket.to_proto().SerializeToString().hex())
+            ticket = conftest.offer(node, command["grant"], command["blocks"], received=_Told()).ticket
+            _say(ticket=ticket.to_proto().SerializeToString().hex())
         elif "send" in command:
-            ticket = KVTicket.from_proto(worker_pb2.KVTicket.FromString(bytes.fromhex(command["send"])))
-            job = node.open_send(ticket, Told().put)
-            slot_ids = conftest.slots(command["blocks"], 0, command["tokens"])
-            for layer in range(conftest.LAYOUT.num_layers):
-                job.push(layer, 1, 0, slot_ids)
-            if command["finish"]:
-                job.finish(worker_pb2.TokenOutput(request_id=ticket.request_id, token_ids=[7]))
-            say(sent=True)
+            _send(node, command)
         elif "sum" in command:
-            say(sum=memory.kv[:, :, command["sum"]].double().sum().item())
+            _say(sum=memory.kv[:, :, command["sum"]].double().sum().item())
         else:
-            say(**asdict(node.stats()))
+            _say(**asdict(node.stats()))
     node.stop()
 
 

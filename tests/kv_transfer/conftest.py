@@ -82,11 +82,17 @@ _names = itertools.count()
 
 
 def offer(
-    receiver: TransferNode, num_tokens: int, block_ids: Sequence[int], *, first_token: int = 0, owner: str = "router"
+    receiver: TransferNode,
+    num_tokens: int,
+    block_ids: Sequence[int],
+    *,
+    first_token: int = 0,
+    owner: str = "router",
+    received: queue.SimpleQueue[ReceivedKV | tuple[TicketState, str]] | None = None,
 ) -> Delivery:
     """Have a node grant a ticket for tokens [first_token, num_tokens)."""
     name = f"ticket-{next(_names)}"
-    received: queue.SimpleQueue[ReceivedKV | tuple[TicketState, str]] = queue.SimpleQueue()
+    told = queue.SimpleQueue() if received is None else received
     grant = TicketGrant(
         ticket_id=name,
         request_id=f"request of {name}",
@@ -95,10 +101,10 @@ def offer(
         block_ids=tuple(block_ids),
         first_token=first_token,
         num_tokens=num_tokens,
-        on_ready=received.put,
-        on_end=lambda state, reason: received.put((state, reason)),
+        on_ready=told.put,
+        on_end=lambda state, reason: told.put((state, reason)),
     )
-    return Delivery(grant, receiver.grant(grant), received)
+    return Delivery(grant, receiver.grant(grant), told)
 
 
 def slots(block_ids: Sequence[int], first_token: int, num_tokens: int, block_size: int = 8) -> list[int]:

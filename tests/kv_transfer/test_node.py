@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kv_transfer.config import TransferConfig
-from kv_transfer.errors import TicketError, TransferIntegrityError
+from kv_transfer.errors import PairError, TicketError, TransferIntegrityError
 from kv_transfer.node import TransferNode
 from kv_transfer.ticket import TicketState
 from tests.kv_transfer.conftest import LAYOUT, SECRET, Make, Memory, Two, first_token_of, offer, send_all, slots
@@ -140,8 +140,10 @@ def test_stop_ends_everything_and_leaves_nothing(transport: str) -> None:
             delivery.assert_told_once()
         assert time.monotonic() - start < 5
         sender.stop()
-        late = offer(receiver, 8, [3])
-        sender.open_send(late.ticket, late.sent.put)
+        with pytest.raises(TicketError, match="nothing can be granted"):
+            offer(receiver, 8, [3])
+        with pytest.raises(PairError, match="has stopped"):
+            sender.open_send(halfway.ticket, halfway.sent.put)
 
     run(1)
     gc.collect()
