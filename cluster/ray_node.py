@@ -54,7 +54,7 @@ def ray_environment(run_dir: RunDir, run_id: str) -> dict[str, str]:
         "RAY_enable_metrics_collection": "0",
         "RAY_task_events_report_interval_ms": "0",
         "RAY_num_workers_soft_limit": "0",
-        "RAY_DEDUP_LOGS": "0",
+        "RAY_worker_niceness": "0",
     }
 
 
@@ -97,6 +97,10 @@ class RayNode:
         self.address, self._gcs_argv = started.address, started.gcs_argv
         self.gcs = self._children.adopt("gcs_server", started.gcs_pid)
         self.raylet = self._children.adopt("raylet", started.raylet_pid)
+
+    def is_up(self) -> bool:
+        """Whether both processes live."""
+        return all(child is not None and not child.exited.done() for child in (self.gcs, self.raylet))
 
     def restart_gcs(self) -> Child:
         """Run the same GCS again: same port, and its state from Redis."""

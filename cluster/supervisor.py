@@ -23,7 +23,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Set
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from cluster.ray_node import RayError, RayNode, RayWish, package_environment, ra
 from cluster.run_dir import AlreadyRunningError, Phase, ProcessRef, RunDir, RunState, session_members
 from cluster.valkey import Valkey, ValkeyError, free_port
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("cluster.supervisor")
 
 DRAIN_MARGIN_S = 15.0
 SWEEP_GRACE_S = 2.0
@@ -177,11 +177,18 @@ class Supervisor:
         self._watch(ray.raylet, self._raylet_again)
 
     def _watch(self, child: Child, again: Callable[[], Awaitable[None]]) -> None:
-        self._watches[child.name] = asyncio.create_task(self._restart_when_dead(child, again, time.monotonic()))
+        task = asyncio.create_task(self._restart_when_dead(child, again, time.monotonic()))
+        task.add_done_callback(self._watch_ended)
+        self._watches[child.name] = task
+
+    def _watch_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.critical("a watch failed, stopping", exc_info=error)
+            self._stop.set()
 
     async def _restart_when_dead(self, child: Child, again: Callable[[], Awaitable[None]], since: float) -> None:
         status = await asyncio.shield(child.exited)
-        log.error("process died", extra={"process": child.name, "pid": child.ref.pid, "how": describe_exit(status)})
+        log.error("process died", extra={"child": child.name, "pid": child.ref.pid, "how": describe_exit(status)})
         self._state.restarts[child.name] = self._state.restarts.get(child.name, 0) + 1
         pause = max(0.0, RESTART_PAUSE_S - (time.monotonic() - since))
         with contextlib.suppress(TimeoutError):
@@ -191,11 +198,11 @@ class Supervisor:
         try:
             await again()
         except StartError:
-            log.exception("restart failed, stopping", extra={"process": child.name})
+            log.exception("restart failed, stopping", extra={"child": child.name})
             self._stop.set()
             return
         self._save()
-        log.info("process restarted", extra={"process": child.name})
+        log.info("process restarted", extra={"child": child.name})
 
     async def _valkey_again(self) -> None:
         assert self._valkey is not None
@@ -213,6 +220,8 @@ class Supervisor:
         assert self._ray is not None
         self._watches["gcs_server"].cancel()
         await self._ray.stop()
+        keep = {self._state.valkey.pid} if self._state.valkey else set()
+        await sweep(self._state.supervisor, self._children, keep)
         await self._ray_up(self._ray)
 
     def _driver(self, command: Any, timeout_s: float) -> Any:
@@ -241,7 +250,8 @@ class Supervisor:
         log.info("stopping")
         for task in self._watches.values():
             task.cancel()
-        if self._deployed:
+        ray_is_up = self._ray is None or self._ray.is_up()
+        if self._deployed and ray_is_up:
             await self._end_deployment()
         if self._ray is not None:
             await self._ray.stop()
@@ -287,9 +297,10 @@ async def forget_ray(url: str, prefix: str) -> None:
             await client.unlink(*keys)
 
 
-async def sweep(leader: ProcessRef, children: Children) -> None:
-    """End whatever is left of a session but its leader: ask, then kill."""
-    left = [child for ref in session_members(leader) if ref != leader and (child := children.try_adopt(ref))]
+async def sweep(leader: ProcessRef, children: Children, keep: Set[int] = frozenset()) -> None:
+    """End whatever is left of a session, but its leader and the pids to keep: ask, then kill."""
+    refs = [ref for ref in session_members(leader) if ref != leader and ref.pid not in keep]
+    left = [child for ref in refs if (child := children.try_adopt(ref))]
     if left:
         log.warning("processes left over", extra={"pids": [child.ref.pid for child in left]})
         await asyncio.gather(*(end(child, grace_s=SWEEP_GRACE_S) for child in left))
