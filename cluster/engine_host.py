@@ -139,8 +139,9 @@ class HostSession:
         with self._close_lock:
             if self._node is None or self._prefill is None or self._decode is None:
                 return
-            prefill, decode, node = self._prefill, self._decode, self._node
-            self._engine.loop.call(lambda: (prefill.close(), decode.close())).result(LOOP_CALL_TIMEOUT_S)
+            node = self._node
+            self._engine.loop.call(self._prefill.close).result(LOOP_CALL_TIMEOUT_S)
+            self._engine.loop.call(self._decode.close).result(LOOP_CALL_TIMEOUT_S)
             node.stop()
             self._engine.loop.call(self._check_closed).result(LOOP_CALL_TIMEOUT_S)
             self._node = None

@@ -88,8 +88,8 @@ class WorkerFront:
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
             ],
         )
-        worker_pb2_grpc.add_PrefillWorkerServicer_to_server(self._prefill, self._server)
-        worker_pb2_grpc.add_DecodeWorkerServicer_to_server(self._decode, self._server)
+        worker_pb2_grpc.add_PrefillWorkerServicer_to_server(self._prefill, self._server)  # type: ignore[no-untyped-call]
+        worker_pb2_grpc.add_DecodeWorkerServicer_to_server(self._decode, self._server)  # type: ignore[no-untyped-call]
         port = self._server.add_insecure_port(f"{self._options.host}:0")
         await self._server.start()
         self.address = f"{self._options.host}:{port}"
@@ -176,7 +176,7 @@ def num_open(stats: pb.WorkerStats) -> int:
     return stats.num_running + stats.num_waiting + stats.num_reserved + stats.open_sends
 
 
-class _KeyInterceptor(grpc.aio.ServerInterceptor):
+class _KeyInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Lets in only callers who know the cluster secret."""
 
     def __init__(self, key: str) -> None:
