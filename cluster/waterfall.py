@@ -16,7 +16,7 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 def waterfall(finished: Finished, *, width: int = 40) -> str:
-    """Lines of text: one bar a phase, placed where it happened, then totals and the workers."""
+    """Lines of text: one bar a phase, placed where it happened, then totals, then where it happened."""
     timing = finished.timing
     durations = [max(0.0, getattr(timing, field)) for _, field in PHASES]
     scale = width / (sum(durations) or 1.0)
@@ -25,7 +25,7 @@ def waterfall(finished: Finished, *, width: int = 40) -> str:
         bar = _bar(start_s * scale, duration_s * scale)
         lines.append(f"  {label:<17} {bar:<{width + 1}} {format_seconds(duration_s):>8}")
         start_s += duration_s
-    lines.append("  " + " · ".join(_totals(finished)))
+    lines += ["  " + " · ".join(parts) for parts in (_totals(finished), _places(finished)) if parts]
     return "\n".join(lines)
 
 
@@ -49,8 +49,11 @@ def _totals(finished: Finished) -> list[str]:
     parts = [f"first token {format_seconds(timing.ttft_s)}", f"total {format_seconds(timing.total_s)}"]
     cached = f" ({usage.cached_prompt_tokens} cached)" if usage.cached_prompt_tokens else ""
     parts.append(f"{usage.prompt_tokens} tokens in{cached}, {usage.completion_tokens} out")
-    if timing.transfer_bytes:
-        parts.append(f"{_transfer(timing)}")
+    return parts
+
+
+def _places(finished: Finished) -> list[str]:
+    parts = [_transfer(finished.timing)] if finished.timing.transfer_bytes else []
     if finished.decode_worker:
         workers = finished.decode_worker
         if finished.prefill_worker and finished.prefill_worker != finished.decode_worker:
