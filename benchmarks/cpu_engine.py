@@ -100,7 +100,7 @@ class Theirs:
         path = Path(model)
         names: dict[str, Any] = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
         place = path.parent if names else path
-        self._model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **names).eval()
+        self._model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **names)
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], num_new: int) -> list[list[int]]:
@@ -118,9 +118,9 @@ class Theirs:
         return tokens
 
 
-def timed(function: Callable[[], list[list[int]]]) -> tuple[float, list[list[int]]]:
+def timed(side: Ours | Theirs, prompts: list[list[int]], num_new: int) -> tuple[float, list[list[int]]]:
     start = time.perf_counter()
-    result = function()
+    result = side.generate(prompts, num_new)
     return time.perf_counter() - start, result
 
 
@@ -130,8 +130,8 @@ def decode_case(ours: Ours, theirs: Theirs, batch: int, repeats: int) -> Outcome
     tokens: list[list[list[int]]] = []
     for _ in range(repeats):
         for side, own_times in zip((ours, theirs), times, strict=True):
-            short, _ = timed(lambda side=side: side.generate(prompts, 1))
-            long, result = timed(lambda side=side: side.generate(prompts, 1 + DECODE_STEPS))
+            short, _ = timed(side, prompts, 1)
+            long, result = timed(side, prompts, 1 + DECODE_STEPS)
             own_times.append((long - short) / DECODE_STEPS)
             tokens.append(result)
     return Outcome(f"decode, batch {batch}", batch, *times, same_tokens=tokens[0] == tokens[1])
@@ -143,7 +143,7 @@ def prefill_case(ours: Ours, theirs: Theirs, length: int, repeats: int) -> Outco
     tokens: list[list[list[int]]] = []
     for _ in range(repeats):
         for side, own_times in zip((ours, theirs), times, strict=True):
-            elapsed, result = timed(lambda side=side: side.generate(prompts, 1))
+            elapsed, result = timed(side, prompts, 1)
             own_times.append(elapsed)
             tokens.append(result)
     return Outcome(f"prefill, {length} tokens", length, *times, same_tokens=tokens[0] == tokens[1])

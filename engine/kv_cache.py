@@ -5,7 +5,7 @@ slot = block_id * block_size + offset. Heads come before slots, so that attentio
 blocks are consecutive in place and without a stride.
 
 Which block belongs to whom is the block pool's affair; here slots are only checked to exist. The engine's
-thread calls `write` and reads `data`; transfer threads call `gather` and `scatter` on slots that nobody
+thread reads and writes; transfer threads call `gather` and `scatter` on slots that nobody
 else touches meanwhile.
 """
 
@@ -44,7 +44,8 @@ class KVCache:
         self.head_dim = head_dim
         num_slots = num_blocks * block_size
         self.data = torch.zeros(num_layers, 2, num_kv_heads, num_slots, head_dim, dtype=dtype, device=device)
-        self._layers = [layer.view(2 * num_kv_heads, num_slots, head_dim) for layer in self.data]
+        self._layers: list[torch.Tensor] = list(self.data)
+        self._planes: list[torch.Tensor] = list(self.data.view(num_layers, 2 * num_kv_heads, num_slots, head_dim))
 
     @property
     def num_slots(self) -> int:
@@ -56,13 +57,19 @@ class KVCache:
         """Memory of one block over all layers."""
         return int(self.data.nbytes) // self.num_blocks
 
-    def layer(self, layer: int) -> torch.Tensor:
-        """Keys, then values of a layer: [2 * num_kv_heads, num_slots, head_dim]."""
-        return self._layers[layer]
+    def read(self, layer: int, first_slot: int, num_tokens: int) -> torch.Tensor:
+        """A layer's keys and values in consecutive slots, in place: [2, num_kv_heads, num_tokens, head_dim]."""
+        return self._layers[layer][:, :, first_slot : first_slot + num_tokens]
+
+    def read_blocks(self, layer: int, block_ids: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """A copy of a layer's first num_tokens keys and values in any blocks, in the shape that `read` gives."""
+        by_block = self._planes[layer].view(2 * self.num_kv_heads, self.num_blocks, self.block_size * self.head_dim)
+        found = by_block.index_select(1, block_ids)
+        return found.view(2, self.num_kv_heads, -1, self.head_dim)[:, :, :num_tokens]
 
     def write(self, layer: int, slot_ids: torch.Tensor, heads: torch.Tensor) -> None:
         """Store a layer's keys, then values, heads [num_tokens, 2 * num_kv_heads, head_dim], in slots [num_tokens]."""
-        self._layers[layer].index_copy_(1, slot_ids, heads.transpose(0, 1))
+        self._planes[layer].index_copy_(1, slot_ids, heads.transpose(0, 1))
 
     def gather(self, first_layer: int, num_layers: int, slot_ids: Sequence[int], out: torch.Tensor) -> None:
         """Copy some layers' keys and values of some slots into out.
