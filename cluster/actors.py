@@ -22,7 +22,8 @@ from cluster.run_dir import RunDir
 from cluster.sigterm import on_sigterm
 from engine.ipc import socket_path
 from protos import worker_pb2 as pb
-from router.store import RedisStore, RouterRecord
+from router.app import RouterApp
+from router.store import RedisStore
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ class FrontActor:
             secret=secret,
             metrics_address=self._metrics.address,
         )
-        self._front = self._loop.run(self._make(options, spec.redis_url), START_S)
+        self._front = self._loop.run(_make_front(options, spec.redis_url), START_S)
         on_sigterm(self._on_sigterm)
 
     def ready(self) -> dict[str, Any]:
@@ -174,12 +175,6 @@ class FrontActor:
     def status(self) -> dict[str, Any]:
         """State, identity, stats."""
         return {**self._front.status(), "pid": os.getpid()}
-
-    @staticmethod
-    async def _make(options: FrontOptions, redis_url: str) -> WorkerFront:
-        front = WorkerFront(options, RedisStore(redis_url))
-        await front.start()
-        return front
 
     def _metric_values(self) -> dict[str, float]:
         front = self._front
@@ -207,7 +202,7 @@ class RouterActor:
         collector = metrics.StatsCollector("router", self._metric_values)
         observability = config.observability
         self._metrics = metrics.serve([collector], host=observability.metrics_host, port=observability.metrics_port)
-        self._app, self._address = self._loop.run(self._make(spec, config, secret), START_S)
+        self._app, self._address = self._loop.run(_make_router(spec, config, secret), START_S)
         on_sigterm(self._on_sigterm)
 
     def ready(self) -> dict[str, Any]:
@@ -227,19 +222,6 @@ class RouterActor:
     def _names(self) -> dict[str, Any]:
         return {"address": self._address, "metrics_address": self._metrics.address}
 
-    async def _make(self, spec: RouterSpec, config: ClusterConfig, secret: bytes) -> Any:
-        from router.app import RouterApp
-
-        app = RouterApp(
-            config=config.router,
-            model=config.model,
-            mode=config.mode,
-            store=RedisStore(spec.redis_url),
-            secret=secret,
-            router_id=spec.router_id,
-        )
-        return app, await app.start()
-
     def _metric_values(self) -> dict[str, Any]:
         return asdict(self._app.stats())
 
@@ -249,4 +231,26 @@ class RouterActor:
         os._exit(EXIT_DRAINED)
 
 
-__all__ = ["EngineActor", "FrontActor", "RouterActor", "RouterRecord", "RouterSpec", "WorkerSpec"]
+# Outside the classes: Ray takes a class with a coroutine method for an asyncio actor, and
+# constructs that away from the main thread, where SIGTERM cannot be taken over.
+
+
+async def _make_front(options: FrontOptions, redis_url: str) -> WorkerFront:
+    front = WorkerFront(options, RedisStore(redis_url))
+    await front.start()
+    return front
+
+
+async def _make_router(spec: RouterSpec, config: ClusterConfig, secret: bytes) -> tuple[RouterApp, str]:
+    app = RouterApp(
+        config=config.router,
+        model=config.model,
+        mode=config.mode,
+        store=RedisStore(spec.redis_url),
+        secret=secret,
+        router_id=spec.router_id,
+    )
+    return app, await app.start()
+
+
+__all__ = ["EngineActor", "FrontActor", "RouterActor", "RouterSpec", "WorkerSpec"]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from protos import inference_pb2, worker_pb2
 from router.background import Background
-from router.errors import AttemptFailedError, InvalidArgumentError, WorkerError, WorkerFullError
+from router.errors import AttemptFailedError, WorkerFullError
 from router.inbox import Event, Inbox
 from router.info import WorkerLife
 from router.job import Chunk, Ending, Job
@@ -128,11 +128,12 @@ class Attempt:
 
     def _take_places(self) -> None:
         """Receive what the workers say, and count as their load."""
-        for link in filter(None, (self._decode, self._prefill)):
-            link.register(self._inbox)
-            self._loads.callback(link.unregister, self._inbox)
+        self._decode.register(self._inbox)
+        self._loads.callback(self._decode.unregister, self._inbox)
         self._loads.enter_context(self._decode.info.decoding())
         if self._prefill is not None:
+            self._prefill.register(self._inbox)
+            self._prefill_load.callback(self._prefill.unregister, self._inbox)
             self._prefill_load.enter_context(self._prefill.info.prefilling(self._job.num_tokens))
 
     def _abort(self, link: WorkerLink, reason: str, *, decode: bool) -> None:
@@ -150,7 +151,7 @@ class Attempt:
         )
         try:
             self._inbox.put(await link.prefill(request))
-        except (WorkerError, InvalidArgumentError) as error:
+        except Exception as error:
             self._inbox.put(error)
 
     def _absorb(self, event: Event) -> None:
@@ -163,7 +164,7 @@ class Attempt:
 
     def _first_token(self, reply: worker_pb2.PrefillReply) -> None:
         self.state = AttemptState.DECODING
-        self._prefill_load.close()
+        self._prefill_load.close()  # from here on the decode worker alone can fail this attempt
         self._first = reply.first
         self._job.timeline.prefilled(reply.prefill_s)
         self._job.num_cached = max(self._job.num_cached, 0 if self._job.emitted else reply.cached_tokens)

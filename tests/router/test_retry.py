@@ -58,6 +58,17 @@ def test_decode_worker_killed_mid_stream(model: Path, split: bool) -> None:
     run(scenario())
 
 
+def test_prefill_worker_killed_after_its_part_is_done(model: Path) -> None:
+    async def scenario() -> None:
+        async with cluster(model, behaviour=Behaviour(step_s=0.005)) as made:
+            (prefill,) = [worker for worker in made.workers.values() if worker.role == "prefill"]
+            answer = await stream_across(made, lambda _decode: prefill.kill())
+            assert answer.token_ids == expected_answer(PROMPT, 60)
+            assert made.app.stats().failed_attempts == 0
+
+    run(scenario())
+
+
 def test_decode_worker_falls_silent(model: Path) -> None:
     async def scenario() -> None:
         waits = {"heartbeat_s": 0.2, "worker_silence_s": 0.5}
