@@ -79,8 +79,10 @@ class RouterApp:
         self._fleet = Fleet(store, config, router_id=router_id, worker_key=worker_key(secret), on_room=self._line.news)
         self._dispatcher = Dispatcher(self._fleet, self._line, config, router_id=router_id, split=self._split)
 
-    async def start(self) -> str:
+    async def start(self, metrics_address: str = "") -> str:
         """Load the tokenizer, bind the port, meet the workers; gives host:port.
+
+        `metrics_address` (host:port of this router's metrics page) is only told to the store.
 
         RouterStartError if the port or a file cannot be had, engine.errors.ModelError if the model cannot.
         """
@@ -97,14 +99,16 @@ class RouterApp:
             split=self._split,
         )
         self._server = self._make_server()
-        self.address = f"{self._config.host}:{self._bind()}"
+        self.address = _joined(self._config.host, self._bind())
         await self._publish_health()
         await self._server.start()
         await self._fleet.start()
         self.state = AppState.SERVING
-        self._started_at = time.time()
         self._background.spawn(self._follow_health(), "router: follow the fleet's health")
-        self._background.spawn(self._renew_lease(), "router: renew its lease")
+        record = RouterRecord(
+            router_id=self._router_id, address=self.address, metrics_address=metrics_address, started_at=time.time()
+        )
+        self._background.spawn(self._renew_lease(record), "router: renew its lease")
         logger.info("router listens", extra={"address": self.address, "model": model.name})
         return self.address
 
@@ -192,7 +196,7 @@ class RouterApp:
         return server
 
     def _bind(self) -> int:
-        address = f"{self._config.host}:{self._config.port}"
+        address = _joined(self._config.host, self._config.port)
         try:
             if self._config.tls_cert is None or self._config.tls_key is None:
                 port = self._server.add_insecure_port(address)
@@ -225,14 +229,17 @@ class RouterApp:
             await self._publish_health()
             await self._fleet.changed.wait(seen, timeout_s=self._config.lease_ttl_s)
 
-    async def _renew_lease(self) -> None:
-        record = RouterRecord(router_id=self._router_id, address=self.address, started_at=self._started_at)
+    async def _renew_lease(self, record: RouterRecord) -> None:
         while True:
             try:
                 await self._store.register_router(record, self._config.lease_ttl_s)
             except StoreUnavailableError as error:
                 logger.warning("the router's lease could not be renewed: %s", error)
             await asyncio.sleep(self._config.lease_ttl_s / 3)
+
+
+def _joined(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _described(info: WorkerInfo) -> dict[str, Any]:

@@ -235,32 +235,26 @@ def test_status_is_plain_data_and_the_router_is_listed(model: Path) -> None:
 
 
 async def storm_request(made: Cluster, number: int, rng: random.Random) -> str:
-    """One of many requests, perhaps cancelled at a random moment; gives how it ended."""
+    """One of many requests, perhaps ended by its client at a random token; gives how it ended."""
     prompt = [40 + number % 200] * rng.randint(1, 40)
     num = rng.randint(1, 40)
-    how = rng.choice(["stay", "stay", "stay", "stay", "cancel", "go"])
+    how = ["stay", "stay", "cancel", "stay", "stay", "go"][number % 6]
+    moment = rng.choice([0, 0, 1, 2, 5, 15])
     call = made.stub.Generate(ask(f"s{number}", num=num, prompt=prompt))
     answer = Answer()
-
-    async def hear() -> str:
+    cancels = []
+    try:
         async for event in call:
             answer.add(event)
-        assert answer.finished is not None
-        return answer.reason
-
-    hearing = asyncio.create_task(hear())
-    if how != "stay":
-        await asyncio.sleep(rng.random() * 0.3)
-        if how == "cancel":
-            await made.stub.Cancel(inference_pb2.CancelRequest(request_id=f"s{number}"))
-        else:
-            call.cancel()
-    try:
-        ending = await hearing
+            if how == "go" and len(answer.token_ids) >= moment:
+                call.cancel()
+            elif how == "cancel" and len(answer.token_ids) >= moment and not cancels:
+                request = inference_pb2.CancelRequest(request_id=f"s{number}")
+                cancels.append(asyncio.ensure_future(made.stub.Cancel(request)))
+        ending = answer.reason
     except asyncio.CancelledError:
         ending = "GONE"
-    except grpc.aio.AioRpcError as error:
-        ending = error.code().name
+    await asyncio.gather(*cancels)
     assert answer.token_ids == expected_answer(prompt, num)[: len(answer.token_ids)]
     assert ending != "LENGTH" or len(answer.token_ids) == num
     return ending
@@ -270,7 +264,7 @@ async def storm_request(made: Cluster, number: int, rng: random.Random) -> str:
 def test_storm_of_requests_ends_each_exactly_once(model: Path, split: bool) -> None:
     async def scenario() -> None:
         rng = random.Random(7)
-        behaviour = Behaviour(capacity=12, step_s=0.004, prefill_s=0.003)
+        behaviour = Behaviour(capacity=6, step_s=0.004, prefill_s=0.003)
         async with cluster(model, split=split, prefill=2, decode=2, behaviour=behaviour) as made:
             storm = [asyncio.create_task(storm_request(made, number, rng)) for number in range(200)]
             await eventually(lambda: made.app.stats().queued > 0)
@@ -281,7 +275,10 @@ def test_storm_of_requests_ends_each_exactly_once(model: Path, split: bool) -> N
             assert set(endings) <= {"LENGTH", "CANCELLED", "GONE"}, endings
             assert endings["LENGTH"] > 100
             await made.idle()
-            assert sum(made.app.stats().outcomes.values()) == 200
+            counted = made.app.stats().outcomes
+            assert counted["cancelled"] == endings["CANCELLED"] > 10
+            assert 10 < counted["client_gone"] <= endings["GONE"]
+            assert sum(counted.values()) == 200
             assert all(not worker.prefilling for worker in made.workers.values())
 
     run(scenario(), timeout_s=60.0)
