@@ -97,13 +97,21 @@ def _sentence_piece(tokens: list[str], metadata: Mapping[str, Any]) -> Tokenizer
     vocabulary = {token: index for index, token in enumerate(tokens)}
     merges = _stated_merges(metadata) if "tokenizer.ggml.merges" in metadata else _implied_merges(vocabulary, metadata)
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, fuse_unk=True, byte_fallback=True))
-    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
-        replacement=_SPACE, prepend_scheme="first" if prefix else "never", split=False
-    )
-    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(content=" ", left=1)] if prefix else steps)
+    set_sentence_piece_rules(tokenizer, "first" if metadata.get("tokenizer.ggml.add_space_prefix", True) else "never")
     return tokenizer
+
+
+def set_sentence_piece_rules(tokenizer: Tokenizer, prepend: str) -> None:
+    """Cut and join text as a Llama vocabulary wants it, with ▁ for a space.
+
+    `prepend`: where a ▁ is put before text that does not begin with one: `first` (at the beginning), `always`
+    (after each special token too) or `never`.
+    """
+    tokenizer.normalizer = None
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme=prepend, split=False)
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    strip = [] if prepend == "never" else [decoders.Strip(content=" ", left=1)]
+    tokenizer.decoder = decoders.Sequence([*steps, *strip])
 
 
 def _stated_merges(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -18,11 +18,12 @@ from tokenizers import Tokenizer as Backend
 from engine.chat_template import ChatTemplate, Message
 from engine.errors import BrokenModelError, InvalidRequestError, ModelError, ModelNotFoundError, UnsupportedModelError
 from engine.gguf_file import GgufFile
-from engine.gguf_tokenizer import build_tokenizer
+from engine.gguf_tokenizer import build_tokenizer, set_sentence_piece_rules
 from engine.model_source import ModelKind, ModelSource
 from engine.models.config import gguf_eos_token_ids, hugging_face_special_ids, read_json
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+_LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 _GGUF_IDS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
@@ -164,7 +165,10 @@ def _load_hugging_face(directory: Path) -> Tokenizer:
     listed = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     extra = listed.values() if isinstance(listed, dict) else listed
     _add_missing(backend, [*named.values(), *(_content(token) for token in extra)])
-    eos_token_ids, bos_token_id = hugging_face_special_ids(directory, read_json(directory / "config.json"))
+    header = read_json(directory / "config.json")
+    if header.get("model_type") == "llama" and settings.get("tokenizer_class") in _LLAMA_CLASSES:
+        _follow_llama_class(backend, settings)
+    eos_token_ids, bos_token_id = hugging_face_special_ids(directory, header)
     template = _hugging_face_template(directory, settings)
     return Tokenizer(
         backend,
@@ -172,6 +176,16 @@ def _load_hugging_face(directory: Path) -> Tokenizer:
         bos_token_id=bos_token_id,
         chat_template=None if template is None else ChatTemplate(template, named),
     )
+
+
+def _follow_llama_class(backend: Backend, settings: Mapping[str, Any]) -> None:
+    """The class named in tokenizer_config.json goes before the rules in tokenizer.json, as in transformers."""
+    if _spelling(backend) is Spelling.BYTE_LEVEL:
+        return
+    if settings.get("add_prefix_space") is False:
+        set_sentence_piece_rules(backend, "never")
+    else:
+        set_sentence_piece_rules(backend, "always" if settings.get("legacy") else "first")
 
 
 def _hugging_face_template(directory: Path, settings: Mapping[str, Any]) -> str | None:

@@ -1,6 +1,6 @@
 import pytest
 import xxhash
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.block_hash import HASH_BYTES, block_hashes, chain_hash, root_hash
@@ -8,6 +8,7 @@ from engine.block_hash import HASH_BYTES, block_hashes, chain_hash, root_hash
 tokens = st.lists(st.integers(0, 2**31 - 1), max_size=80)
 
 
+@settings(deadline=None)
 @given(token_ids=tokens, block_size=st.sampled_from([1, 8, 16]))
 def test_blocks_are_chained_from_the_root(token_ids: list[int], block_size: int) -> None:
     parent = root_hash("model", "float32", block_size)
@@ -18,12 +19,14 @@ def test_blocks_are_chained_from_the_root(token_ids: list[int], block_size: int)
     assert block_hashes(token_ids, block_size, root_hash("model", "float32", block_size)) == expected
 
 
+@settings(deadline=None)
 @given(token_ids=tokens, more=tokens)
 def test_more_tokens_leave_the_first_hashes_as_they_are(token_ids: list[int], more: list[int]) -> None:
     before = block_hashes(token_ids, 8, b"root")
     assert block_hashes(token_ids + more, 8, b"root")[: len(before)] == before
 
 
+@settings(deadline=None)
 @given(token_ids=st.lists(st.integers(0, 1000), min_size=32, max_size=32), place=st.integers(0, 31))
 def test_a_changed_token_changes_its_block_and_all_after(token_ids: list[int], place: int) -> None:
     changed = [token + (index == place) for index, token in enumerate(token_ids)]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from engine.errors import InvalidRequestError
 from engine.model_source import resolve
 from engine.stream_decoder import MAX_STOP_CHARS, MAX_STOPS, StopStrings, StreamDecoder
-from engine.tokenizer import Tokenizer
+from engine.tokenizer import Spelling, Tokenizer
 from tests.engine.checkpoints import CheckpointFamily, make_checkpoint
 from tests.engine.gguf_checkpoints import Vocabulary, make_gguf
 from tests.engine.texts import awkward_texts
@@ -23,7 +23,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return Tokenizer.load(resolve(str(make_gguf(folder / "tiny.gguf", checkpoint, vocabulary=request.param))))
 
 
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @given(steps=st.lists(st.lists(st.integers(0, NUM_TOKENS - 1), max_size=4), max_size=12))
 def test_pieces_of_any_tokens_make_up_the_decoded_whole(tokenizer: Tokenizer, steps: list[list[int]]) -> None:
     decoder = StreamDecoder(tokenizer)
@@ -51,16 +51,22 @@ def test_text_comes_with_the_token_that_completes_it(tokenizer: Tokenizer) -> No
         assert fresh.push(token_ids[:length]) == tokenizer.decode(token_ids[:length])
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(text=st.text(alphabet="ab é🙂.\n", min_size=2, max_size=12), cut=st.integers(1, 40))
 def test_an_answer_goes_on_where_the_prompt_ends(tokenizer: Tokenizer, text: str, cut: int) -> None:
     token_ids = tokenizer.encode(text, add_special_tokens=False)
     prompt, answer = token_ids[:cut], token_ids[cut:]
     decoder = StreamDecoder(tokenizer, prompt)
     piece = decoder.push(answer) + decoder.flush()
-    shown = tokenizer.decode(prompt).rstrip("\ufffd")
-    assert (shown + piece).startswith(tokenizer.decode(token_ids))
-    assert piece.endswith("\ufffd") or shown + piece == tokenizer.decode(token_ids)
+    assert whole_characters(tokenizer, prompt) + piece == tokenizer.decode(token_ids)
+
+
+def whole_characters(tokenizer: Tokenizer, token_ids: list[int]) -> str:
+    """The text of tokens without a last character that is not complete."""
+    if tokenizer.spelling is not Spelling.BYTE_LEVEL:  # one bad byte spoils a whole run of byte tokens
+        while tokenizer.decode(token_ids).endswith("\ufffd"):
+            token_ids = token_ids[:-1]
+    return tokenizer.decode(token_ids).rstrip("\ufffd")
 
 
 def test_an_answer_that_is_a_text_of_its_own_has_no_leading_space(tmp_path: Path) -> None:
@@ -95,7 +101,7 @@ def expected(stops: list[str], text: str) -> tuple[str, str | None]:
     return text, None
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(
     stops=st.lists(st.text(alphabet="abc", min_size=1, max_size=5), max_size=5),
     pieces=st.lists(st.text(alphabet="abcd", max_size=6), max_size=10),
@@ -104,6 +110,7 @@ def test_the_first_complete_stop_string_counts_however_text_is_cut(stops: list[s
     assert run(stops, pieces) == expected(stops, "".join(pieces))
 
 
+@settings(deadline=None)
 @given(
     stops=st.lists(st.text(alphabet="ab", min_size=1, max_size=5), min_size=1, max_size=4),
     text=st.text(alphabet="abc", max_size=20),

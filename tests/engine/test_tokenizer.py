@@ -6,14 +6,16 @@ from typing import Any
 import pytest
 import transformers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, processors
+from tokenizers import decoders, models, normalizers, processors
 
 from engine.chat_template import Message
 from engine.errors import BrokenModelError, InvalidRequestError, ModelNotFoundError, UnsupportedModelError
+from engine.gguf_tokenizer import build_tokenizer
 from engine.model_source import ModelSource, resolve
 from engine.tokenizer import Spelling, Tokenizer
 from tests.engine.checkpoints import CHAT_TEMPLATE, CheckpointFamily, make_checkpoint
 from tests.engine.demo_model import demo_source
+from tests.engine.gguf_checkpoints import sentence_piece_vocabulary
 from tests.engine.texts import awkward_texts
 
 CONVERSATIONS = [
@@ -90,6 +92,28 @@ def test_a_beginning_token_in_tokenizer_json_is_added(source: ModelSource) -> No
     assert_equal_tokenizers(tokenizer, transformers.AutoTokenizer.from_pretrained(source.path), num_texts=20)
     assert tokenizer.encode("fox")[0] == 1
     assert tokenizer.encode("fox", add_special_tokens=False)[0] != 1
+
+
+LLAMA_2_NORMALIZER = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+
+
+@pytest.mark.parametrize("settings", [{}, {"legacy": False}, {"legacy": True}, {"add_prefix_space": False}])
+@pytest.mark.parametrize("normalizer", [None, LLAMA_2_NORMALIZER])
+def test_a_llama_2_tokenizer_equals_that_of_transformers(
+    source: ModelSource, settings: dict[str, Any], normalizer: normalizers.Normalizer | None
+) -> None:
+    tokens, scores, _ = sentence_piece_vocabulary()
+    header = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.scores": scores}
+    backend = build_tokenizer(header)
+    if normalizer is not None:
+        backend.normalizer, backend.pre_tokenizer = normalizer, None
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    backend.save(str(source.path / "tokenizer.json"))
+    change(source, tokenizer_class="LlamaTokenizer", bos_token="<s>", eos_token="</s>", unk_token="<unk>", **settings)
+    oracle = transformers.AutoTokenizer.from_pretrained(source.path)
+    assert isinstance(oracle, transformers.LlamaTokenizer)
+    assert_equal_tokenizers(Tokenizer.load(source), oracle, num_texts=100)
 
 
 def test_the_demo_models_tokenizer_equals_that_of_transformers() -> None:

@@ -3,7 +3,7 @@ import sys
 from subprocess import run
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.api import FinishReason, GenerateRequest, SamplingParams, TokenLogprobs, TokenOutput
@@ -65,12 +65,14 @@ outputs = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(requests)
 def test_a_request_survives_the_journey(request: GenerateRequest) -> None:
     wire = request_to_wire(request).SerializeToString()
     assert request_from_wire(worker_pb2.EngineRequest.FromString(wire)) == request
 
 
+@settings(deadline=None)
 @given(outputs)
 def test_an_output_survives_the_journey(output: TokenOutput) -> None:
     wire = output_to_wire(output).SerializeToString()
