@@ -127,7 +127,9 @@ def main(config: Path, slo_ttft_ms: float, slo_itl_ms: float, as_json: bool, **o
     for variant in VARIANTS:
         with running(variant.config(base)) as endpoint:
             click.echo(f"{variant.name}: measuring at {endpoint.address}", err=True)
-            reports[variant.name] = asyncio.run(measure(endpoint, profile, slo))
+            report = reports[variant.name] = asyncio.run(measure(endpoint, profile, slo))
+            for message in report.failure_messages.values():
+                click.echo(f"first failure of its kind: {message}", err=True)
     date = time.strftime("%Y-%m-%d")
     if as_json:
         figures = {name: report.as_json() for name, report in reports.items()}

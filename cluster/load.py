@@ -101,6 +101,7 @@ class RequestRecord:
     finished: Finished | None = None
     failure: str | None = None
     """Name of the status it ended with, where it is no answer."""
+    failure_message: str = ""
 
     @property
     def num_tokens(self) -> int:
@@ -256,7 +257,7 @@ class _Run:
             if record.finished is not None and record.finished.reason == FinishReason.FINISH_REASON_CANCELLED:
                 record.failure = "CANCELLED"
         except ClientError as error:
-            record.failure = _failure_name(error)
+            record.failure, record.failure_message = _failure_name(error), str(error)
         record.ended_s = self.now_s()
         if self._on_progress is not None:
             self._on_progress(record)

@@ -84,6 +84,8 @@ class LoadReport:
     num_completed: int
     failures: dict[str, int]
     """Requests without a whole answer, by the status they ended with."""
+    failure_messages: dict[str, str]
+    """What the first request of each status was told."""
     requests_per_s: float
     output_tokens_per_s: float
     prompt_tokens_per_s: float
@@ -131,6 +133,9 @@ def summarise(result: LoadResult, slo: Slo) -> LoadReport:
         num_requests=len(records),
         num_completed=len(whole),
         failures=dict(Counter(record.failure for record in records if record.failure is not None)),
+        failure_messages={
+            record.failure: record.failure_message for record in reversed(records) if record.failure is not None
+        },
         requests_per_s=len(whole) / wall_s,
         output_tokens_per_s=sum(record.num_tokens for record in whole) / wall_s,
         prompt_tokens_per_s=prompt_tokens / wall_s,

@@ -73,8 +73,10 @@ def bench(
         click.echo(json.dumps({"address": endpoint.address, "profile": asdict(profile), **report.as_json()}))
     else:
         print_report(report)
+    for message in report.failure_messages.values():
+        click.echo(f"first failure of its kind: {message}", err=True)
     if report.num_completed == 0:
-        raise click.ClickException(f"no request was answered: {report.failures}")
+        raise click.ClickException("no request was answered")
 
 
 def print_report(report: LoadReport) -> None:

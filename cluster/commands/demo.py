@@ -35,11 +35,10 @@ Examples:
   pdserve demo --keep-running && pdserve chat
 """
 _NEXT = """\
-Next:
-  pdserve up -f {config}    start this cluster and keep it
-  pdserve chat              talk with it
-  pdserve bench             load it: latencies, throughput, goodput
-  pdserve down              stop it"""
+Next, {first}:
+  pdserve chat     talk with it
+  pdserve bench    load it: latencies, throughput, goodput
+  pdserve down     stop it"""
 
 
 @click.command(epilog=_EPILOG)
@@ -58,7 +57,8 @@ def demo(config: Path, keep_running: bool) -> None:
     _fetch_model(config)
     with _cluster(config, keep_running) as endpoint:
         asyncio.run(_ask(endpoint))
-    click.echo(_NEXT.format(config=_shown(config)))
+    kept = RunDir.default().running() is not None
+    click.echo(_NEXT.format(first="while it runs" if kept else f"after `pdserve up -f {_shown(config)}`"))
 
 
 def _fetch_model(config: Path) -> None:
@@ -92,7 +92,6 @@ def _cluster(config: Path, keep_running: bool) -> Iterator[Endpoint]:
         yield endpoint
     finally:
         if not keep_running:
-            click.echo("Stopping the cluster.")
             pdserve(["down"], standalone_mode=False)
 
 

@@ -25,6 +25,7 @@ def record(due_s=0.0, ttft_s=0.1, gaps_s=(0.01, 0.01), failure=None, **timing):
         ended_s=at_s + 0.001,
         finished=None if failure else finished,
         failure=failure,
+        failure_message=f"{failure} at {due_s:g} s" if failure else "",
     )
 
 
@@ -64,6 +65,7 @@ def test_failures_count_by_status_and_add_nothing_else():
         record(), record(failure="UNAVAILABLE"), record(failure="UNAVAILABLE"), record(failure="CANCELLED")
     )
     assert figures.failures == {"UNAVAILABLE": 2, "CANCELLED": 1}
+    assert figures.failure_messages == {"UNAVAILABLE": "UNAVAILABLE at 1 s", "CANCELLED": "CANCELLED at 3 s"}
     assert (figures.num_requests, figures.num_completed) == (4, 1)
     assert figures.requests_per_s == 0.5
     assert figures.output_tokens_per_s == 1.5
