@@ -66,7 +66,7 @@ class TransferNode:
         self._stopped = False
 
     def start(self) -> str:
-        """Bind the control listener to a free port; returns host:port, which tickets name."""
+        """Bind the control listener to a free port; returns host:port, or raises TransferError."""
         self._address = self._peers.start()
         self._janitor.start()
         return self._address

@@ -45,10 +45,15 @@ class PeerTable:
         return len(self._pairs)
 
     def start(self) -> str:
-        """Listen on an ephemeral port of the configured interface; returns host:port."""
+        """Listen on a free port of the configured interface; returns host:port, TransferError if it cannot."""
         host = self._context.config.host
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server((host, 0), family=family, backlog=128)
+        try:
+            self._listener = socket.create_server((host, 0), family=family, backlog=128)
+        except OSError as error:
+            raise TransferError(
+                f"host {host} is no address of this machine that can be listened on: {error}"
+            ) from error
         self._accepting.start()
         port = self._listener.getsockname()[1]
         return f"[{host}]:{port}" if family == socket.AF_INET6 else f"{host}:{port}"

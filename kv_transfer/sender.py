@@ -2,7 +2,7 @@
 
 States: CONNECTING (dial, handshake, data channel) -> READY -> CLOSED. A refusal, a lost peer, a failed
 transfer, idleness and the node's stop lead to CLOSED; nothing leads back: the next ticket makes a new
-pair. Two threads: the data thread connects and is the only one that gathers; the control thread hears
+pair, and one that joined before the loss was noticed is LOST with the others. Two threads: the data thread connects and is the only one that gathers; the control thread hears
 verdicts and heartbeats. Jobs are served in turn, a piece at a time.
 """
 
@@ -303,8 +303,9 @@ class SenderPair:
     def _settle(self, job: SendJob, state: TicketState, reason: str) -> None:
         """End a job that needs no word to the receiver."""
         with self._changed:
-            self._jobs.pop(job.ticket.ticket_id, None)
-            self._changed.notify()
+            if self._jobs.get(job.ticket.ticket_id) is job:
+                del self._jobs[job.ticket.ticket_id]
+                self._changed.notify()
         job.settle(state, reason)
 
     def _notice(self, job: SendJob) -> None:

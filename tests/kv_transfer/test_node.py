@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kv_transfer.config import TransferConfig
-from kv_transfer.errors import PairError, TicketError, TransferIntegrityError
+from kv_transfer.errors import PairError, TicketError, TransferError, TransferIntegrityError
 from kv_transfer.node import TransferNode
 from kv_transfer.ticket import TicketState
 from tests.kv_transfer.conftest import LAYOUT, SECRET, Make, Memory, Two, first_token_of, offer, send_all, slots
@@ -190,6 +190,14 @@ def test_a_ticket_is_sent_once_at_a_time(two: Two) -> None:
 def test_a_node_needs_a_secret() -> None:
     with pytest.raises(ValueError, match="secret must not be empty"):
         TransferNode(worker_id="w", epoch=1, layout=LAYOUT, memory=Memory(LAYOUT), config=TransferConfig(), secret=b"")
+
+
+def test_an_address_of_another_machine_is_refused_by_name() -> None:
+    config = TransferConfig(host="192.0.2.1")
+    node = TransferNode(worker_id="w", epoch=1, layout=LAYOUT, memory=Memory(LAYOUT), config=config, secret=SECRET)
+    with pytest.raises(TransferError, match=r"host 192\.0\.2\.1 is no address of this machine"):
+        node.start()
+    node.stop()
 
 
 def test_the_package_uses_no_pickle() -> None:

@@ -110,7 +110,7 @@ def test_a_sender_that_dies_or_stops_loses_its_tickets_and_nothing_else(
 
 
 def test_a_sender_stopped_for_long_comes_back_to_a_pair_that_is_gone(make_node: Make, make_child: MakeChild) -> None:
-    """What it sends late reaches no block, and its next ticket makes the pair anew."""
+    """What it sends late reaches no block, and once it knows of the loss its next ticket makes the pair anew."""
     memory = Memory(LAYOUT)
     receiver = make_node("decode", memory, **CONFIG)
     child = make_child("prefill-1")
@@ -125,6 +125,7 @@ def test_a_sender_stopped_for_long_comes_back_to_a_pair_that_is_gone(make_node: 
     assert settled["id"] == lost.ticket.ticket_id
     assert settled["state"] in ("LOST", "ABORTED")
     assert not memory.kv.any()
+    wait_until(lambda: child.ask()["pairs"] == 0, "the sender knows that the pair is gone")
     again = offer(receiver, 24, [0, 1, 2])
     have_sent(child, again, 24, finish=True)
     assert not isinstance(again.at_receiver(), tuple)
