@@ -61,9 +61,8 @@ def test_tpot_is_a_mean_per_request_and_itl_is_over_all_gaps():
 
 
 def test_failures_count_by_status_and_add_nothing_else():
-    figures = report(
-        record(), record(failure="UNAVAILABLE"), record(failure="UNAVAILABLE"), record(failure="CANCELLED")
-    )
+    lost = [record(1.0, failure="UNAVAILABLE"), record(2.0, failure="UNAVAILABLE"), record(3.0, failure="CANCELLED")]
+    figures = report(record(), *lost)
     assert figures.failures == {"UNAVAILABLE": 2, "CANCELLED": 1}
     assert figures.failure_messages == {"UNAVAILABLE": "UNAVAILABLE at 1 s", "CANCELLED": "CANCELLED at 3 s"}
     assert (figures.num_requests, figures.num_completed) == (4, 1)
