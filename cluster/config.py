@@ -59,7 +59,9 @@ class PoolConfig(EngineOptions):
     def __post_init__(self) -> None:
         EngineOptions.__post_init__(self)
         if self.tensor_parallel != 1:
-            raise ValueError(f"tensor_parallel must be 1, got {self.tensor_parallel}: workers of several ranks come later")
+            raise ValueError(
+                f"tensor_parallel must be 1, got {self.tensor_parallel}: workers of several ranks come later"
+            )
         if not 0 <= self.workers <= 1000:
             raise ValueError(f"workers must be between 0 and 1000, got {self.workers}")
         for name, amount in (("num_cpus", self.num_cpus), ("num_gpus", self.num_gpus), *self.resources.items()):
@@ -150,7 +152,7 @@ class ClusterConfig:
     redis: RedisConfig = field(default_factory=RedisConfig)
     """The registry."""
     ray: RayConfig = field(default_factory=RayConfig)
-    """Where the processes run."""
+    """Whose Ray starts, places and restarts the processes."""
     observability: ObservabilityConfig = field(default_factory=ObservabilityConfig)
     """Logs and metrics."""
     drain_s: float = 30.0

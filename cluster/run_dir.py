@@ -93,17 +93,15 @@ def session_members(leader: ProcessRef) -> list[ProcessRef]:
     session whose leader is gone, or is that very leader, are its own.
     """
     members = []
-    for entry in os.scandir("/proc"):
-        if not entry.name.isdigit():
-            continue
+    for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
         try:
-            found = _stat_fields(int(entry.name))
+            found = _stat_fields(pid)
         except ProcessLookupError:
             continue
-        if int(entry.name) == leader.pid and found.started != leader.started:
+        if pid == leader.pid and found.started != leader.started:
             return []
         if found.session == leader.pid and found.started >= leader.started and found.state not in "ZX":
-            members.append(ProcessRef(int(entry.name), found.started))
+            members.append(ProcessRef(pid, found.started))
     return sorted(members, key=lambda member: member.pid != leader.pid)
 
 

@@ -146,6 +146,8 @@ class _Explainer:
         found: dict[str, int] = {}
         for item in error.errors(include_url=False):
             path = self._known_path(item["loc"])
+            if item["type"] == "value_error":
+                path = self._named_key(path, str(item["ctx"]["error"]))
             line = self._line(path)
             where = f"{self._source}:{line}" if line else self._source
             found.setdefault(f"{where}: {self._describe(path, item)}", line)
@@ -166,6 +168,11 @@ class _Explainer:
                 data = data[part]
         return path
 
+    def _named_key(self, section: Location, message: str) -> Location:
+        """The key of the section that a rule's message begins with, where the file has it; else the section."""
+        named = (*section, *message.partition(" ")[0].split("."))
+        return named if named in self._document.lines else section
+
     def _line(self, path: Location) -> int:
         while path:
             if path in self._document.lines:
@@ -181,7 +188,11 @@ class _Explainer:
             case "missing" | "missing_argument" | "missing_keyword_only_argument":
                 return f"{name} is missing: {self._hint(path)}"
             case "value_error":
-                return f"{name}: {item['ctx']['error']}" if name else str(item["ctx"]["error"])
+                message = str(item["ctx"]["error"])
+                subject, _, rest = message.partition(" ")
+                if name.endswith(subject):
+                    return f"{name} {rest}"
+                return f"{name}: {message}" if name else message
             case "literal_error":
                 return f"{name} must be one of {item['ctx']['expected']}, got {_shown(item['input'])}"
             case _:

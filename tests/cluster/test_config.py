@@ -1,0 +1,136 @@
+"""The YAML: what is refused, with which words; what is understood; the schema."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.config import ClusterConfig, ConfigError, PoolConfig, from_plain, json_schema, load_config, to_plain
+from engine.config import ModelOptions
+
+ROOT = Path(__file__).resolve().parents[2]
+
+BAD = [
+    ("", "c.yaml: model is missing"),
+    ("model:\n", "c.yaml:1: model is missing"),
+    ("model: {}\n", "c.yaml:1: model.path is missing"),
+    ("model: demo\n", "c.yaml:1: model must be a section (a mapping of keys), got the text 'demo'"),
+    ("model: {path: 3}\n", "c.yaml:1: model.path must be text (in quotes if it looks like a number), got 3"),
+    ("model: {path: ''}\n", "c.yaml:1: model.path must name a model"),
+    ("model: {path: demo}\nprefil: {}\n", "c.yaml:2: prefil: unknown key; did you mean `prefill`?"),
+    ("model: {path: demo}\nzzz: 1\n", "c.yaml:2: zzz: unknown key; known here: admission, cache,"),
+    ("model: {path: demo}\ndecode:\n  thread: 2\n", "c.yaml:3: decode.thread: unknown key; did you mean `threads`?"),
+    ("model: {path: demo}\ndecode:\n  threads: two\n", "c.yaml:3: decode.threads must be a whole number, got the text"),
+    ("model: {path: demo}\ndecode:\n  threads: 1.5\n", "decode.threads must be a whole number, got 1.5"),
+    ("model: {path: demo}\ndecode:\n  threads: true\n", "decode.threads must be a whole number, got true"),
+    (
+        "model: {path: demo}\ndecode:\n  device: cpu\n  threads: 0\n",
+        "c.yaml:4: decode.threads must be at least 1, got 0",
+    ),
+    ("model: {path: demo}\ndecode: {workers: -1}\n", "decode.workers must be between 0 and 1000, got -1"),
+    ("model: {path: demo}\ndecode: {workers: 0}\n", "decode.workers must be at least 1, got 0"),
+    ("model: {path: demo}\nprefill: {workers: 0}\n", "set `mode: colocated`"),
+    ("model: {path: demo}\ndecode: {device: tpu}\n", "decode.device must be one of 'auto', 'cpu' or 'cuda'"),
+    ("model: {path: demo}\ndecode: {resources: {fast: -1}}\n", "fast must be at least 0"),
+    ("model: {path: demo}\ndecode: {num_gpus: 1.5}\n", "a fraction of one GPU or a whole number, got 1.5"),
+    ("model: {path: demo}\nmode: both\n", "c.yaml:2: mode must be one of 'split' or 'colocated', got the text 'both'"),
+    ("model: {path: demo}\ncache: {block_size: 17}\n", "cache.block_size must be 8, 16, 32, 64 or 128, got 17"),
+    ("model: {path: demo}\nrouter: {port: 70000}\n", "router.port must be between 0 and 65535, got 70000"),
+    ("model: {path: demo}\nray: {address: here}\n", "ray.address must be host:port"),
+    ("model: {path: demo}\nray: {object_store_mib: 5}\n", "object_store_mib must be at least 76"),
+    ("model: {path: demo}\ndrain_s: -1\n", "drain_s must be between 0 and 86400 seconds, got -1"),
+    ("model: {path: demo}\ndrain_s: .nan\n", "drain_s"),
+    ("model: {path: demo}\nmodel: {path: x}\n", "c.yaml:2: model is given twice (first on line 1)"),
+    ("model:\n  path: demo\n  path: x\n", "c.yaml:3: model.path is given twice (first on line 2)"),
+    ("model: [\n", "not valid YAML"),
+    ("model:\n\tpath: demo\n", "c.yaml:2: not valid YAML"),
+    ("- 1\n", "the file must be a mapping of sections"),
+    ("? [a]\n: 1\n", "c.yaml:1: a key must be a single word"),
+    ("model: &m {path: *m}\n", "refers to itself"),
+    ("model: {path: demo}\n---\nmode: split\n", "not valid YAML"),
+    ("model: !!python/object:os.system {}\n", "not valid YAML"),
+]
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "c.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(("text", "expected"), BAD)
+def test_refuses_with_line_and_reason(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text))
+    assert expected in str(caught.value).replace(f"{tmp_path}/", "")
+
+
+def test_lists_all_problems_in_the_order_of_the_file(tmp_path: Path) -> None:
+    text = "model: {path: demo}\nmod: split\ndecode:\n  threads: x\nrouter:\n  polcy: round_robin\n"
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text))
+    lines = [problem.split(":")[1] for problem in caught.value.problems]
+    assert lines == ["2", "4", "6"]
+    assert str(caught.value).startswith(f"{tmp_path}/c.yaml: 3 problems\n")
+
+
+def test_a_url_with_a_password_is_not_repeated_in_the_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, "model: {path: demo}\nredis: {url: 'http://u:hunter2@h'}\n"))
+    assert "hunter2" not in str(caught.value)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        load_config(tmp_path / "missing.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"model: \xff\xfe")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_config(tmp_path / "binary.yaml")
+    (tmp_path / "large.yaml").write_bytes(b"#" * (1024 * 1024 + 1))
+    with pytest.raises(ConfigError, match="at most 1048576 are read"):
+        load_config(tmp_path / "large.yaml")
+    with pytest.raises(ConfigError, match="Is a directory"):
+        load_config(tmp_path)
+
+
+def test_understands_sections_defaults_and_empty_sections(tmp_path: Path) -> None:
+    text = "model: {path: demo}\ncache:\nmode: colocated\nprefill: {workers: 0}\ndecode: {workers: 3, num_cpus: 1}\n"
+    config = load_config(write(tmp_path, text))
+    assert config.decode == PoolConfig(workers=3, num_cpus=1.0)
+    assert config.cache == ClusterConfig(model=ModelOptions(path="demo")).cache
+
+
+def test_a_date_stays_text(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "model: {path: demo, name: 2026-01-02}\n")).model.name == "2026-01-02"
+
+
+def test_plain_data_round_trip(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "model: {path: demo}\ndecode: {workers: 2, resources: {nic: 1}}\n"))
+    plain = json.loads(json.dumps(to_plain(config)))
+    assert from_plain(plain) == config
+
+
+def test_schema_describes_every_key_and_forbids_others() -> None:
+    schema = json_schema()
+    sections = [schema, *schema["$defs"].values()]
+    assert all(section["additionalProperties"] is False for section in sections)
+    keys = [(name, key) for section in sections for name, key in section["properties"].items()]
+    assert len(keys) > 60
+    assert {name for name, key in keys if not key.get("description")} <= {"device", "attention"}
+    assert schema["required"] == ["model"]
+
+
+def test_the_examples_are_valid() -> None:
+    examples = sorted((ROOT / "deploy" / "examples").glob("*.yaml"))
+    assert examples
+    for example in examples:
+        load_config(example)
+
+
+def test_reading_the_yaml_loads_neither_torch_nor_ray() -> None:
+    code = "import sys, cluster.config; sys.exit(bool({'torch', 'ray'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

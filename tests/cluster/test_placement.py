@@ -1,0 +1,55 @@
+"""Placement: what each worker reserves, and when it fits."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.config import ClusterConfig, PoolConfig
+from cluster.placement import FRONT_CPUS, logical_cpus, rank_bundle, shortage, total, wanted_workers
+from engine.config import ModelOptions
+
+MODEL = ModelOptions(path="demo")
+
+
+def config(prefill: int, decode: int, mode: str = "split", **pool: object) -> ClusterConfig:
+    kinds = {name: PoolConfig(workers=count, **pool) for name, count in (("prefill", prefill), ("decode", decode))}
+    return ClusterConfig(model=MODEL, mode=mode, **kinds)
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [(1, 1), (2, 1), (1, 3)])
+def test_split_has_a_worker_per_place_with_its_role(prefill: int, decode: int) -> None:
+    plans = wanted_workers(config(prefill, decode), gpus=0)
+    expected = [(f"prefill-{i}", "prefill") for i in range(prefill)] + [
+        (f"decode-{i}", "decode") for i in range(decode)
+    ]
+    assert [(plan.worker_id, plan.role) for plan in plans] == expected
+    assert all(plan.bundles == ({"CPU": FRONT_CPUS}, {"CPU": 1.0}) for plan in plans)
+    assert not shortage(total(plans), {"CPU": float(logical_cpus(plans))})
+
+
+def test_colocated_starts_the_decode_pool_alone_and_each_worker_does_both() -> None:
+    plans = wanted_workers(config(4, 2, mode="colocated"), gpus=0)
+    assert [(plan.worker_id, plan.pool, plan.role) for plan in plans] == [
+        ("decode-0", "decode", "both"),
+        ("decode-1", "decode", "both"),
+    ]
+
+
+def test_each_rank_on_a_gpu_reserves_one_and_its_threads() -> None:
+    plans = wanted_workers(config(1, 1, threads=3, device="cuda"), gpus=2)
+    assert [plan.bundles[1:] for plan in plans] == [({"CPU": 3.0, "GPU": 1.0},)] * 2
+    assert total(plans)["GPU"] == 2
+
+
+def test_device_auto_takes_gpus_only_where_there_is_one_for_every_rank() -> None:
+    assert total(wanted_workers(config(1, 1), gpus=2)).get("GPU") == 2
+    assert "GPU" not in total(wanted_workers(config(1, 1), gpus=1))
+
+
+def test_what_the_yaml_names_comes_first() -> None:
+    pool = PoolConfig(threads=4, num_cpus=0.5, num_gpus=0.25, device="cpu", resources={"nic": 1, "none": 0})
+    assert rank_bundle(pool, enough_gpus=False) == {"CPU": 0.5, "GPU": 0.25, "nic": 1}
+
+
+def test_shortage_names_what_is_needed_and_there() -> None:
+    assert shortage({"CPU": 2.5, "GPU": 1.0}, {"CPU": 4.0}) == ["GPU: 1 needed, 0 there"]
