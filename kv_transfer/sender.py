@@ -2,8 +2,9 @@
 
 States: CONNECTING (dial, handshake, data channel) -> READY -> CLOSED. A refusal, a lost peer, a failed
 transfer, idleness and the node's stop lead to CLOSED; nothing leads back: the next ticket makes a new
-pair, and one that joined before the loss was noticed is LOST with the others. Two threads: the data thread connects and is the only one that gathers; the control thread hears
-verdicts and heartbeats. Jobs are served in turn, a piece at a time.
+pair, and one that joined before the loss was noticed is LOST with the others. Two threads: the data
+thread connects and is the only one that gathers; the control thread hears verdicts and heartbeats.
+Jobs are served in turn, a piece at a time.
 """
 
 from __future__ import annotations

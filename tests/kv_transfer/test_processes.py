@@ -35,6 +35,14 @@ def make_child() -> Iterator[MakeChild]:
         child.close()
 
 
+@pytest.fixture(scope="module")
+def bystander() -> Iterator[Child]:
+    """A node that nobody kills."""
+    child = Child("bystander", **CONFIG)
+    yield child
+    child.close()
+
+
 def ticket_of(child: Child, num_tokens: int, blocks: list[int]) -> KVTicket:
     answer = child.ask(grant=num_tokens, blocks=blocks)
     return KVTicket.from_proto(worker_pb2.KVTicket.FromString(bytes.fromhex(answer["ticket"])))
@@ -45,14 +53,15 @@ def have_sent(child: Child, delivery: Delivery, tokens: int, *, finish: bool) ->
     child.ask(send=data, blocks=[0, 1, 2], tokens=tokens, finish=finish)
 
 
-def assert_still_sends(sender: TransferNode, make_child: MakeChild, memory: Memory) -> None:
+def assert_still_sends(sender: TransferNode, child: Child, memory: Memory) -> None:
     """The survivor serves a new receiver as if nothing had been."""
-    child = make_child("decode-2")
     ticket = ticket_of(child, 24, [4, 5, 6])
     delivery = Delivery(None, ticket, None)  # type: ignore[arg-type]
     send_all(sender, delivery, [0, 1, 2])
     assert delivery.at_sender().state is TicketState.DELIVERED
-    assert child.event() == {"event": "ready", "id": ticket.ticket_id, "num_bytes": 24 * 3 * 64}
+    while (event := child.event())["event"] != "ready":
+        pass
+    assert event == {"event": "ready", "id": ticket.ticket_id, "num_bytes": 24 * 3 * 64}
     expected = memory.kv[:, :, slots([0, 1, 2], 0, 24)].double().sum().item()
     assert child.ask(sum=slots([4, 5, 6], 0, 24))["sum"] == pytest.approx(expected)
     sender.check_integrity(idle=True)
@@ -60,10 +69,10 @@ def assert_still_sends(sender: TransferNode, make_child: MakeChild, memory: Memo
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_receiver_that_dies_or_stops_loses_its_jobs_and_nothing_else(
-    make_node: Make, make_child: MakeChild, blow: signal.Signals
+    make_node: Make, make_child: MakeChild, bystander: Child, blow: signal.Signals
 ) -> None:
     memory = Memory(LAYOUT, seed=1)
-    sender = make_node("prefill", memory, **CONFIG)
+    sender = make_node(f"prefill-{blow.name}", memory, **CONFIG)
     child = make_child("decode-1")
     delivery = Delivery(None, ticket_of(child, 24, [4, 5, 6]), None)  # type: ignore[arg-type]
     job = sender.open_send(delivery.ticket, delivery.sent.put)
@@ -78,16 +87,16 @@ def test_a_receiver_that_dies_or_stops_loses_its_jobs_and_nothing_else(
     assert result.state is TicketState.LOST
     assert sender.stats().lost_peers == 1
     wait_until(lambda: sender.stats().pairs == 0, "the pair is gone")
-    assert_still_sends(sender, make_child, memory)
+    assert_still_sends(sender, bystander, memory)
 
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_sender_that_dies_or_stops_loses_its_tickets_and_nothing_else(
-    make_node: Make, make_child: MakeChild, blow: signal.Signals
+    make_node: Make, make_child: MakeChild, bystander: Child, blow: signal.Signals
 ) -> None:
     memory = Memory(LAYOUT)
     receiver = make_node("decode", memory, **CONFIG)
-    children = [make_child("prefill-1"), make_child("prefill-2")]
+    children = [make_child("prefill-1"), bystander]
     lost, kept = offer(receiver, 24, [0, 1, 2]), offer(receiver, 24, [3, 4, 5])
     have_sent(children[0], lost, 16, finish=False)
     have_sent(children[1], kept, 16, finish=False)
@@ -133,21 +142,21 @@ def test_a_sender_stopped_for_long_comes_back_to_a_pair_that_is_gone(make_node: 
     assert receiver.stats().lost_peers == 1
 
 
-def test_a_kill_in_the_middle_of_large_pieces(make_node: Make, make_child: MakeChild) -> None:
-    """The receiver dies at a random moment of a stream of pieces, again and again."""
+def test_a_kill_in_the_middle_of_many_tickets(make_node: Make, make_child: MakeChild) -> None:
+    """Tickets before the kill may have come through; each of the others is lost, none hangs."""
     sender = make_node("prefill", Memory(LAYOUT, seed=1), **CONFIG)
-    for round_number in range(2):
-        child = make_child(f"decode-{round_number}")
-        deliveries = [
-            Delivery(None, ticket_of(child, 24, [3 * n, 3 * n + 1, 3 * n + 2]), None)  # type: ignore[arg-type]
-            for n in range(10)
-        ]
-        for n, delivery in enumerate(deliveries):
-            send_all(sender, delivery, [0, 1, 2], chunks=[5, 19])
-            if n == 3 * round_number + 3:
-                child.process.kill()
-        start = time.monotonic()
-        states = {delivery.at_sender().state for delivery in deliveries}
-        assert time.monotonic() - start < LOST_WITHIN_S
-        assert states <= {TicketState.DELIVERED, TicketState.LOST}
-        sender.check_integrity(idle=True)
+    child = make_child("decode-1")
+    deliveries = [
+        Delivery(None, ticket_of(child, 24, [3 * n, 3 * n + 1, 3 * n + 2]), None)  # type: ignore[arg-type]
+        for n in range(10)
+    ]
+    for n, delivery in enumerate(deliveries):
+        send_all(sender, delivery, [0, 1, 2], chunks=[5, 19])
+        if n == 5:
+            child.process.kill()
+    start = time.monotonic()
+    states = [delivery.at_sender().state for delivery in deliveries]
+    assert time.monotonic() - start < LOST_WITHIN_S
+    assert set(states) <= {TicketState.DELIVERED, TicketState.LOST}
+    assert states[-1] is TicketState.LOST
+    sender.check_integrity(idle=True)
