@@ -1,22 +1,23 @@
-"""One engine against transformers on the same CPU, in the same run: decode steps and prefill, float32.
+"""One engine against transformers on the same CPU, in the same run: decode steps and prefill, float32, one thread.
 
     python benchmarks/cpu_engine.py model.gguf [--json result.json]
 
-Each case is run by one side and then by the other, `--repeats` times over, because other work on the machine
-slows both; the table shows each side's median and its best, and both ratios (above 1: this engine is faster).
-Decode is the slope between two lengths of output at a context of about 256 tokens, so that neither side's prefill
-is in it; prefill is the whole call that yields the first token.
+Both sides' `generate` runs turn by turn, `--repeats` times over, because other work on the machine slows both, and
+each token's moment is noted. Prefill is the time from the call to the first token; a decode step is the time between
+two tokens, at a context of about 256. The table shows each side's median and its best, and the ratios of both (above
+1: this engine is faster). On a machine that does other work meanwhile, `--clock cpu` counts CPU time instead.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,50 +31,59 @@ from engine.sequence import Sequence
 
 CONTEXT = 240
 DECODE_STEPS = 32
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """What one side generated, and when."""
+
+    tokens: list[list[int]]
+    moments: list[float]
+    """Seconds by the clock: the call, then the end of each step that gave every prompt a token."""
+
+
+@dataclass(slots=True)
 class Outcome:
-    """Times of one case; decode in seconds a step, prefill in seconds a prompt."""
+    """Times of one case: seconds a decode step, or seconds a prompt."""
 
     case: str
     num_tokens: int
     """Tokens computed in the time measured."""
-    ours_s: list[float]
-    theirs_s: list[float]
-    same_tokens: bool
-    """Whether both sides chose the same tokens."""
-
-    def ratio(self, pick: Callable[[list[float]], float]) -> float:
-        """How many times faster this engine is."""
-        return pick(self.theirs_s) / pick(self.ours_s)
+    ours_s: list[float] = field(default_factory=list)
+    theirs_s: list[float] = field(default_factory=list)
+    same_tokens: bool = True
+    """Whether both sides always chose the same tokens."""
 
 
 class Ours:
     """This repository's engine, driven step by step."""
 
-    def __init__(self, model: str, max_tokens: int) -> None:
+    def __init__(self, model: str, clock: Callable[[], float]) -> None:
         options = EngineOptions(device="cpu", threads=1)
+        self._clock = clock
         self._runner = ModelRunner(ModelOptions(path=model), CacheOptions(), options)
         self._max_step_tokens = options.max_step_tokens
-        self._max_tokens = max_tokens
         self._runner.warm_up()
 
-    def generate(self, prompts: list[list[int]], num_new: int) -> list[list[int]]:
-        """Greedy tokens of each prompt; prompts are computed one after the other, then decoded together."""
-        sequences = [self._sequence(index, prompt) for index, prompt in enumerate(prompts)]
+    def generate(self, prompts: list[list[int]], num_new: int) -> Answer:
+        """Greedy tokens of each prompt: computed one after the other, then decoded together."""
+        moments = [self._clock()]
+        sequences = [self._sequence(index, prompt, num_new) for index, prompt in enumerate(prompts)]
         for sequence in sequences:
-            while sequence.num_missing_tokens > 0 and sequence.num_generated_tokens == 0:
+            while sequence.num_generated_tokens == 0:
                 self._step([sequence])
+        moments.append(self._clock())
         for _ in range(num_new - 1):
             self._step(sequences)
-        return [sequence.token_ids[sequence.num_prompt_tokens :] for sequence in sequences]
+            moments.append(self._clock())
+        return Answer([sequence.token_ids[sequence.num_prompt_tokens :] for sequence in sequences], moments)
 
-    def _sequence(self, index: int, prompt: list[int]) -> Sequence:
+    def _sequence(self, index: int, prompt: list[int], num_new: int) -> Sequence:
         request = GenerateRequest(request_id=str(index), prompt_token_ids=tuple(prompt), params=SamplingParams())
         sequence = Sequence.from_request(request, arrival=0.0)
-        per_sequence = -(-self._max_tokens // self._runner.kv_cache.block_size)
-        sequence.block_ids = list(range(index * per_sequence, (index + 1) * per_sequence))
+        num_blocks = -(-(len(prompt) + num_new) // self._runner.kv_cache.block_size)
+        sequence.block_ids = list(range(index * num_blocks, (index + 1) * num_blocks))
         return sequence
 
     def _step(self, sequences: list[Sequence]) -> None:
@@ -88,24 +98,41 @@ class Ours:
                 share.sequence.token_ids.append(sampled.token_id)
 
 
+class _Marks:
+    """A streamer for transformers that only notes when it is called."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self.moments: list[float] = []
+
+    def put(self, tokens: torch.Tensor) -> None:
+        """The prompt first, then each step's tokens."""
+        self.moments.append(self._clock())
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+
 class Theirs:
     """transformers' generate, with its default (SDPA) attention and cache."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, clock: Callable[[], float]) -> None:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
+        log: Any = logging
+        log.disable_progress_bar()
+        log.set_verbosity_error()
         path = Path(model)
         names: dict[str, Any] = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-        place = path.parent if names else path
-        self._model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **names)
+        self._clock = clock
+        self._model: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent if names else path, dtype=torch.float32, **names
+        )
 
-    @torch.inference_mode()
-    def generate(self, prompts: list[list[int]], num_new: int) -> list[list[int]]:
+    def generate(self, prompts: list[list[int]], num_new: int) -> Answer:
         """Greedy tokens of each prompt (all of one length)."""
-        ids = torch.tensor(prompts)
+        ids, marks = torch.tensor(prompts), _Marks(self._clock)
         out = self._model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -113,40 +140,31 @@ class Theirs:
             min_new_tokens=num_new,
             do_sample=False,
             pad_token_id=0,
+            streamer=marks,
         )
-        tokens: list[list[int]] = out[:, ids.shape[1] :].tolist()
-        return tokens
+        return Answer(out[:, ids.shape[1] :].tolist(), marks.moments)
 
 
-def timed(side: Ours | Theirs, prompts: list[list[int]], num_new: int) -> tuple[float, list[list[int]]]:
-    start = time.perf_counter()
-    result = side.generate(prompts, num_new)
-    return time.perf_counter() - start, result
-
-
-def decode_case(ours: Ours, theirs: Theirs, batch: int, repeats: int) -> Outcome:
+def decode_case(sides: tuple[Ours, Theirs], batch: int, repeats: int) -> Outcome:
+    outcome = Outcome(f"decode, batch {batch}", num_tokens=batch)
     prompts = make_prompts(batch, CONTEXT)
-    times: tuple[list[float], list[float]] = ([], [])
-    tokens: list[list[list[int]]] = []
     for _ in range(repeats):
-        for side, own_times in zip((ours, theirs), times, strict=True):
-            short, _ = timed(side, prompts, 1)
-            long, result = timed(side, prompts, 1 + DECODE_STEPS)
-            own_times.append((long - short) / DECODE_STEPS)
-            tokens.append(result)
-    return Outcome(f"decode, batch {batch}", batch, *times, same_tokens=tokens[0] == tokens[1])
+        ours, theirs = (side.generate(prompts, 1 + DECODE_STEPS) for side in sides)
+        for times, answer in ((outcome.ours_s, ours), (outcome.theirs_s, theirs)):
+            times += [end - start for start, end in itertools.pairwise(answer.moments[1:])]
+        outcome.same_tokens &= ours.tokens == theirs.tokens
+    return outcome
 
 
-def prefill_case(ours: Ours, theirs: Theirs, length: int, repeats: int) -> Outcome:
+def prefill_case(sides: tuple[Ours, Theirs], length: int, repeats: int) -> Outcome:
+    outcome = Outcome(f"prefill, {length} tokens", num_tokens=length)
     prompts = make_prompts(1, length)
-    times: tuple[list[float], list[float]] = ([], [])
-    tokens: list[list[list[int]]] = []
     for _ in range(repeats):
-        for side, own_times in zip((ours, theirs), times, strict=True):
-            elapsed, result = timed(side, prompts, 1)
-            own_times.append(elapsed)
-            tokens.append(result)
-    return Outcome(f"prefill, {length} tokens", length, *times, same_tokens=tokens[0] == tokens[1])
+        ours, theirs = (side.generate(prompts, 1) for side in sides)
+        outcome.ours_s.append(ours.moments[1] - ours.moments[0])
+        outcome.theirs_s.append(theirs.moments[1] - theirs.moments[0])
+        outcome.same_tokens &= ours.tokens == theirs.tokens
+    return outcome
 
 
 def make_prompts(count: int, length: int) -> list[list[int]]:
@@ -158,12 +176,11 @@ def make_prompts(count: int, length: int) -> list[list[int]]:
 def print_table(outcomes: list[Outcome]) -> None:
     print(f"{'case':<22}{'ours ms':>18}{'transformers ms':>18}{'ours tok/s':>12}{'ratio':>14}  tokens")
     for outcome in outcomes:
-        cells = [
-            f"{statistics.median(times) * 1e3:.1f} / {min(times) * 1e3:.1f}"
-            for times in (outcome.ours_s, outcome.theirs_s)
-        ]
-        rate = outcome.num_tokens / statistics.median(outcome.ours_s)
-        ratios = f"{outcome.ratio(statistics.median):.2f} / {outcome.ratio(min):.2f}"
+        median = [statistics.median(times) for times in (outcome.ours_s, outcome.theirs_s)]
+        best = [min(times) for times in (outcome.ours_s, outcome.theirs_s)]
+        cells = [f"{m * 1e3:.1f} / {b * 1e3:.1f}" for m, b in zip(median, best, strict=True)]
+        ratios = f"{median[1] / median[0]:.2f} / {best[1] / best[0]:.2f}"
+        rate = outcome.num_tokens / median[0]
         same = "same" if outcome.same_tokens else "DIFFER"
         print(f"{outcome.case:<22}{cells[0]:>18}{cells[1]:>18}{rate:>12.0f}{ratios:>14}  {same}")
     print("Each pair of figures: median / best.")
@@ -173,16 +190,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a .gguf file or a Hugging Face directory")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall")
     parser.add_argument("--json", type=Path, help="write every time measured to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    ours, theirs = Ours(arguments.model, max_tokens=1088), Theirs(arguments.model)
-    outcomes = [decode_case(ours, theirs, batch, arguments.repeats) for batch in (1, 8)]
-    outcomes += [prefill_case(ours, theirs, length, arguments.repeats) for length in (512, 1024)]
+    clock = CLOCKS[arguments.clock]
+    sides = Ours(arguments.model, clock), Theirs(arguments.model, clock)
+    outcomes = [decode_case(sides, batch, arguments.repeats) for batch in (1, 8)]
+    outcomes += [prefill_case(sides, length, arguments.repeats) for length in (512, 1024)]
     print_table(outcomes)
     if arguments.json is not None:
-        machine = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__, "threads": 1}
-        arguments.json.write_text(json.dumps({**machine, "cases": [asdict(o) for o in outcomes]}, indent=2))
+        about = {"machine": platform.machine(), "torch": torch.__version__, "threads": 1, "clock": arguments.clock}
+        arguments.json.write_text(json.dumps({**about, "cases": [asdict(outcome) for outcome in outcomes]}, indent=2))
 
 
 if __name__ == "__main__":

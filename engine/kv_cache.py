@@ -71,6 +71,7 @@ class KVCache:
         """Store a layer's keys, then values, heads [num_tokens, 2 * num_kv_heads, head_dim], in slots [num_tokens]."""
         self._planes[layer].index_copy_(1, slot_ids, heads.transpose(0, 1))
 
+    @torch.inference_mode()
     def gather(self, first_layer: int, num_layers: int, slot_ids: Sequence[int], out: torch.Tensor) -> None:
         """Copy some layers' keys and values of some slots into out.
 
@@ -80,6 +81,7 @@ class KVCache:
         layers, index = self._check(first_layer, num_layers, slot_ids, out)
         out.copy_(layers.index_select(3, index).transpose(2, 3))
 
+    @torch.inference_mode()
     def scatter(self, first_layer: int, num_layers: int, slot_ids: Sequence[int], data: torch.Tensor) -> None:
         """The reverse of gather: copy data into the slots, which must differ from each other."""
         layers, index = self._check(first_layer, num_layers, slot_ids, data)

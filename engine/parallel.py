@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from engine.errors import UnsupportedModelError
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -27,9 +29,12 @@ class TensorParallel:
         self._group = group
 
     def share(self, count: int, what: str) -> range:
-        """This rank's half-open range of `count` equal things; ValueError if they cannot be divided equally."""
+        """This rank's half-open range of `count` equal things; UnsupportedModelError if they do not divide."""
         if count % self.size:
-            raise ValueError(f"{what} ({count}) cannot be divided equally among {self.size} ranks")
+            raise UnsupportedModelError(
+                f"this model's {what} ({count}) cannot be divided equally among {self.size} ranks; "
+                f"set tensor_parallel to a divisor of {count}"
+            )
         width = count // self.size
         return range(self.rank * width, (self.rank + 1) * width)
 
@@ -38,7 +43,7 @@ class TensorParallel:
         if num_kv_heads >= self.size:
             return self.share(num_kv_heads, "num_kv_heads")
         if self.size % num_kv_heads:
-            raise ValueError(f"{self.size} ranks cannot share {num_kv_heads} KV heads equally")
+            raise UnsupportedModelError(f"{self.size} ranks cannot share this model's {num_kv_heads} KV heads equally")
         head = self.rank * num_kv_heads // self.size
         return range(head, head + 1)
 

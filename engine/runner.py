@@ -43,6 +43,10 @@ class ModelRunner:
         EngineError for a device that is not there, CapacityError for a cache that has no room for two blocks.
         """
         parallel = parallel or TensorParallel()
+        if parallel.size != options.tensor_parallel:
+            raise EngineError(
+                f"tensor_parallel is {options.tensor_parallel}, but this runner is one of {parallel.size} ranks"
+            )
         torch.set_num_threads(options.threads)
         self.device = choose_device(options.device)
         self.source = resolve(model.path)
@@ -89,8 +93,7 @@ class ModelRunner:
         """
         capacity = min(self.max_model_len - 1, self.kv_cache.num_slots)
         longest = min(self._max_step_tokens, capacity)
-        for _ in range(2):
-            self.run(StepPlan((self._share(longest),)))
+        self.run(StepPlan((self._share(longest),)))
         for num_seqs in range(1, self._max_running + 1, self._row_multiple):
             self.run(StepPlan((self._share(1),) * num_seqs))
 

@@ -114,7 +114,7 @@ class Layer:
 class Decoder:
     """A whole model, or one rank's share of it.
 
-    Made empty, filled with `load` by Hugging Face names, checked with `finish`; then `forward` may be called.
+    Made empty, filled with `load` by Hugging Face names; once every weight has come, `forward` may be called.
     """
 
     def __init__(self, config: ModelConfig, place: Place) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.distributed import HashStore, ProcessGroupGloo
 
+from engine.errors import UnsupportedModelError
 from engine.parallel import TensorParallel
 from engine.sequence import Sequence
 from tests.engine.checkpoints import VOCAB_SIZE, CheckpointFamily, make_checkpoint
@@ -54,9 +55,9 @@ def test_shares_are_equal_and_in_order() -> None:
     assert [rank.share(8, "heads") for rank in ranks] == [range(2), range(2, 4), range(4, 6), range(6, 8)]
     assert [list(rank.share_kv_heads(2)) for rank in ranks] == [[0], [0], [1], [1]]
     assert [list(rank.share_kv_heads(1)) for rank in ranks] == [[0]] * 4
-    with pytest.raises(ValueError, match=r"heads \(9\) cannot be divided equally among 4 ranks"):
+    with pytest.raises(UnsupportedModelError, match=r"heads \(9\) cannot be divided equally among 4 ranks"):
         ranks[0].share(9, "heads")
-    with pytest.raises(ValueError, match="4 ranks cannot share 3 KV heads"):
+    with pytest.raises(UnsupportedModelError, match="4 ranks cannot share this model's 3 KV heads"):
         ranks[0].share_kv_heads(3)
 
 

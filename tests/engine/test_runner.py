@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -95,9 +96,10 @@ def test_each_layer_is_told_once_its_kv_is_there(runner: ModelRunner) -> None:
         assert layer == len(seen)
         assert event is None
         seen.append(torch.empty(1, 2, 40, cache.num_kv_heads, cache.head_dim))
-        cache.gather(layer, 1, slots, seen[-1])
+        transfer.submit(cache.gather, layer, 1, slots, seen[-1]).result(10.0)
 
-    driver.step([sequence], on_layer=on_layer)
+    with ThreadPoolExecutor(1) as transfer:
+        driver.step([sequence], on_layer=on_layer)
     after = torch.empty(cache.num_layers, 2, 40, cache.num_kv_heads, cache.head_dim)
     cache.gather(0, cache.num_layers, slots, after)
     assert torch.equal(torch.cat(seen), after)
@@ -163,6 +165,22 @@ def test_a_longer_context_than_the_models_is_refused(tiny_llama: Path) -> None:
     model = ModelOptions(path=str(tiny_llama), max_model_len=5000)
     with pytest.raises(EngineError, match="max_model_len is 5000, but this model was trained for 4096"):
         ModelRunner(model, CacheOptions(), EngineOptions(device="cpu"))
+
+
+def test_the_number_of_ranks_must_be_the_configured_one(tiny_llama: Path) -> None:
+    with pytest.raises(EngineError, match="tensor_parallel is 2, but this runner is one of 1 ranks"):
+        ModelRunner(ModelOptions(path=str(tiny_llama)), CacheOptions(), EngineOptions(tensor_parallel=2))
+
+
+def test_bfloat16_is_near_float32(tiny_llama: Path) -> None:
+    found: list[Sequence] = []
+    for dtype in ("float32", "bfloat16"):
+        model = ModelOptions(path=str(tiny_llama), dtype=dtype)
+        driver = Driver(ModelRunner(model, CacheOptions(num_blocks=8), EngineOptions(device="cpu")))
+        assert driver.runner.kv_cache.data.dtype == driver.runner.dtype == getattr(torch, dtype)
+        found.append(driver.add(random_prompt(70, VOCAB_SIZE), logprobs=20, max_tokens=1))
+        driver.finish(found[-1:], chunk=32)
+    assert largest_difference(*found) < 0.5
 
 
 def test_the_device_is_chosen_by_name() -> None:
