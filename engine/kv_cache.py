@@ -36,14 +36,14 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """Allocate room for num_blocks blocks; on a CPU memory is used only once it is written."""
+        """Allocate room for num_blocks blocks, with no content yet: a CPU spends memory only on what is written."""
         self.num_layers = num_layers
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         num_slots = num_blocks * block_size
-        self.data = torch.zeros(num_layers, 2, num_kv_heads, num_slots, head_dim, dtype=dtype, device=device)
+        self.data = torch.empty(num_layers, 2, num_kv_heads, num_slots, head_dim, dtype=dtype, device=device)
         self._layers: list[torch.Tensor] = list(self.data)
         self._planes: list[torch.Tensor] = list(self.data.view(num_layers, 2 * num_kv_heads, num_slots, head_dim))
 

@@ -28,7 +28,7 @@ CONFIG = ModelConfig(
 
 
 def make_cache() -> KVCache:
-    return KVCache(
+    cache = KVCache(
         num_layers=LAYERS,
         num_blocks=BLOCKS,
         block_size=BLOCK_SIZE,
@@ -37,6 +37,8 @@ def make_cache() -> KVCache:
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
+    cache.data.zero_()
+    return cache
 
 
 def random_slots(count: int) -> list[int]:
