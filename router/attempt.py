@@ -62,6 +62,7 @@ class Attempt:
         self._prefill = prefill
         self._context = context
         self._number = job.attempts.begin()
+        self._resumed = bool(job.emitted)
         self._inbox = Inbox(job.request_id, self._number, context.max_stream_buffer, context.on_overflow)
         self._held: deque[worker_pb2.TokenOutput] = deque()
         self._failure: Exception | None = None
@@ -79,6 +80,7 @@ class Attempt:
         """Have blocks promised by the decode worker."""
         self._take_places()
         self.state = AttemptState.RESERVING
+        self._job.awaited = f"blocks of worker {self._decode.info.label}"
         request = worker_pb2.ReserveRequest(
             router_id=self._context.router_id,
             request=self._job.engine_request(),
@@ -94,15 +96,17 @@ class Attempt:
         self._job.timeline.mark(Moment.RESERVED)
         self._job.decode_worker = self._decode.info.label
         self._job.prefill_worker = (self._prefill or self._decode).info.label
-        if not self._job.emitted:
+        if not self._resumed:
             self._job.num_cached = reply.cached_tokens
 
     async def follow(self, emit: Emit) -> Ending:
         """Have the prompt computed and hand on every token; returns when the stream has ended well."""
         if self._prefill is None:
             self.state = AttemptState.DECODING
+            self._job.awaited = f"tokens of worker {self._decode.info.label}"
         else:
             self.state = AttemptState.PREFILLING
+            self._job.awaited = f"the first token of worker {self._prefill.info.label}"
             self._prefilling = asyncio.get_running_loop().create_task(
                 self._run_prefill(self._prefill), name=f"prefill of {self._job.request_id}"
             )
@@ -164,10 +168,12 @@ class Attempt:
 
     def _first_token(self, reply: worker_pb2.PrefillReply) -> None:
         self.state = AttemptState.DECODING
+        self._job.awaited = f"tokens of worker {self._decode.info.label}"
         self._prefill_load.close()  # from here on the decode worker alone can fail this attempt
         self._first = reply.first
         self._job.timeline.prefilled(reply.prefill_s)
-        self._job.num_cached = max(self._job.num_cached, 0 if self._job.emitted else reply.cached_tokens)
+        if not self._resumed:
+            self._job.num_cached = max(self._job.num_cached, reply.cached_tokens)
         self._held.appendleft(self._first)
 
     def _next_chunk(self) -> Chunk | None:
@@ -197,7 +203,7 @@ class Attempt:
     def _note(self, output: worker_pb2.TokenOutput) -> None:
         if output.HasField("timing"):
             self._job.timeline.decoded(output.timing)
-        if output.cached_tokens and self._number == 0:
+        if not self._resumed:
             self._job.num_cached = max(self._job.num_cached, output.cached_tokens)
 
     def _fail(self, why: str) -> None:

@@ -45,10 +45,12 @@ class Dispatcher:
         arrived = asyncio.get_running_loop().time()
         with self._line.arrive(job.priority) as place:
             while True:
+                job.awaited = "a place in the line"
                 await place.turn(may_refuse=not job.emitted)
                 route = await self._route(job, full, since=max(arrived, job.attempts.failed_at))
                 if route is None:
                     full = frozenset()
+                    job.awaited = "room on a worker, all are full"
                     await place.wait(may_refuse=not job.emitted)
                     continue
                 attempt = self._attempt(job, route, scope)

@@ -26,6 +26,8 @@ class Job:
     """Tokens handed to the client so far; a new attempt goes on after them."""
     num_cached: int = 0
     """Prompt tokens whose KV the first attempt's workers already held."""
+    awaited: str = "a place in the line"
+    """What it waits for, from whom."""
     prefill_worker: str = ""
     decode_worker: str = ""
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 
@@ -49,9 +49,7 @@ class Scope:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.state = ScopeState.CLOSED
-        for timer in self._timers:
-            timer.cancel()
+        self.seal()
         if self._thrown and self._task.uncancel() <= self._cancels_before and kind is asyncio.CancelledError:
             assert self._error is not None
             raise self._error from None
@@ -71,9 +69,15 @@ class Scope:
             self._timers.append(self._loop.call_later(patience_s, self._cut_write))
         return True
 
-    def interrupt_at(self, when: float, error: BaseException, patience_s: float = 0.0) -> None:
+    def interrupt_at(self, when: float, make_error: Callable[[], BaseException], patience_s: float = 0.0) -> None:
         """Interrupt at a time of the loop's clock, unless the scope is closed by then."""
-        self._timers.append(self._loop.call_at(when, self.interrupt, error, patience_s))
+        self._timers.append(self._loop.call_at(when, lambda: self.interrupt(make_error(), patience_s)))
+
+    def seal(self) -> None:
+        """From here on it is too late to interrupt: the owner says its last word."""
+        self.state = ScopeState.CLOSED
+        for timer in self._timers:
+            timer.cancel()
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:

@@ -26,22 +26,22 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: GenerateContext) -> None:
         """Stream a request's events; see protos/inference.proto."""
+        session = Session(self._desk, request, context)
         outcome = "client_gone"
         failure: RouterError | None = None
         try:
-            outcome = await Session(self._desk, request, context).serve()
+            outcome = await session.serve()
         except RouterError as error:
             failure = error
             outcome = error.code.name.lower()
-            logger.info("request failed: %s", error, extra={"request_id": request.request_id, "status": outcome})
         except grpc.aio.InternalError:
-            logger.info("the client is gone", extra={"request_id": request.request_id})
+            logger.debug("the client is gone", extra={"request_id": session.request_id})
         except Exception:
             failure = RouterError("the router failed; its log says why")
             outcome = "internal"
-            logger.exception("request failed by a defect", extra={"request_id": request.request_id})
+            logger.exception("request failed by a defect", extra={"request_id": session.request_id})
         finally:
-            self._desk.stats.ended(outcome)
+            session.account(outcome, "" if failure is None else failure.message)
         if failure is not None:
             await self._tell(context, failure)
 

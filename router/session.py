@@ -19,7 +19,13 @@ from router import validation
 from router.admission import Line
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
-from router.errors import DeadlineExceededError, DuplicateRequestError, RequestCancelledError, UnavailableError
+from router.errors import (
+    DeadlineExceededError,
+    DuplicateRequestError,
+    RequestCancelledError,
+    SlowClientError,
+    UnavailableError,
+)
 from router.fleet import Fleet
 from router.job import Chunk, Ending, Job
 from router.model import ServedModel
@@ -64,7 +70,8 @@ class Desk:
                 "this router is about to stop and takes nothing new; ask another one",
                 retry_after_s=self.config.retry_after_s,
             )
-        self.line.check_open()
+        if len(self.line):
+            self.line.check_open()
 
 
 class Session:
@@ -74,6 +81,8 @@ class Session:
         self._desk = desk
         self._request = request
         self._context = context
+        self.request_id = request.request_id[: validation.MAX_REQUEST_ID_CHARS]
+        """For logs: the client's as far as it goes, then the one it was given."""
         self._timeline = Timeline()
         self._scope = Scope()
         self._output: OutputStream | None = None
@@ -85,6 +94,7 @@ class Session:
         request_id = validation.request_id(self._request.request_id)
         if request_id in self._desk.running:
             raise DuplicateRequestError(f"a request with the id {request_id!r} is running")
+        self.request_id = request_id
         self._desk.running[request_id] = self._scope
         try:
             async with self._scope:
@@ -93,12 +103,10 @@ class Session:
             if self._job is None or self._scope.write_cut:
                 raise
             ending = Ending(inference_pb2.FINISH_REASON_CANCELLED)
-            async with asyncio.timeout(CANCEL_PATIENCE_S):
-                await self._finish(self._job, ending)
+            await self._finish(self._job, ending, CANCEL_PATIENCE_S)
         finally:
             del self._desk.running[request_id]
             self._desk.ended.notify()
-            self._account(request_id)
         return inference_pb2.FinishReason.Name(ending.reason).removeprefix("FINISH_REASON_").lower()
 
     async def _run(self, request_id: str) -> Ending:
@@ -107,8 +115,7 @@ class Session:
         desk.model.check_name(request.model)
         limit_s = validation.deadline_s(request, desk.config, self._context.time_remaining())
         deadline = asyncio.get_running_loop().time() + limit_s
-        too_late = DeadlineExceededError(f"the request did not end within its {limit_s:g} s")
-        self._scope.interrupt_at(deadline, too_late, WRITE_PATIENCE_S)
+        self._scope.interrupt_at(deadline, lambda: self._too_late(limit_s), WRITE_PATIENCE_S)
         kind = validation.prompt_kind(request)
         stops = validation.stop_strings(request.sampling)
         params = validation.sampling_params(request.sampling, desk.config, desk.model)
@@ -133,9 +140,13 @@ class Session:
         self._job = job
         # 3. Serve.
         ending = await desk.dispatcher.run(job, self._emit, self._scope)
-        with self._scope.writing():
-            await self._finish(job, ending)
+        self._scope.seal()
+        await self._finish(job, ending, job.seconds_left())
         return ending
+
+    def _too_late(self, limit_s: float) -> DeadlineExceededError:
+        awaited = "the prompt's tokens" if self._job is None else self._job.awaited
+        return DeadlineExceededError(f"the request did not end within its {limit_s:g} s; it waited for {awaited}")
 
     async def _emit(self, chunk: Chunk) -> Ending | None:
         assert self._output is not None
@@ -151,7 +162,8 @@ class Session:
         with self._scope.writing():
             await self._context.write(event)
 
-    async def _finish(self, job: Job, ending: Ending) -> None:
+    async def _finish(self, job: Job, ending: Ending, limit_s: float) -> None:
+        """Say the last word."""
         assert self._output is not None
         self._timeline.mark(Moment.ENDED)
         usage = inference_pb2.Usage(
@@ -167,13 +179,19 @@ class Session:
             prefill_worker=job.prefill_worker,
             decode_worker=job.decode_worker,
         )
-        await self._context.write(inference_pb2.GenerateEvent(finished=finished))
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._context.write(inference_pb2.GenerateEvent(finished=finished))
+        except TimeoutError:
+            raise SlowClientError(f"the client did not take its last message within {limit_s:g} s") from None
 
-    def _account(self, request_id: str) -> None:
+    def account(self, outcome: str, error: str) -> None:
         """Add this session's figures to the router's, and log its end."""
         self._timeline.mark(Moment.ENDED)
+        self._desk.stats.ended(outcome)
         stats, timeline, job, output = self._desk.stats, self._timeline, self._job, self._output
         if job is None or output is None:
+            logger.info("request refused", extra={"request_id": self.request_id, "outcome": outcome, "error": error})
             return
         stats.prompt_tokens += len(job.prompt_token_ids)
         stats.cached_prompt_tokens += job.num_cached
@@ -186,7 +204,9 @@ class Session:
         logger.info(
             "request ended",
             extra={
-                "request_id": request_id,
+                "request_id": self.request_id,
+                "outcome": outcome,
+                "error": error,
                 "num_prompt_tokens": len(job.prompt_token_ids),
                 "num_generated_tokens": output.num_tokens,
                 "num_failed_attempts": job.attempts.num_failed,

@@ -30,6 +30,9 @@ R = TypeVar("R")
 AttachCall = grpc.aio.StreamStreamCall[worker_pb2.AttachRequest, worker_pb2.AttachEvent]
 
 FIRST_PAUSE_S = 0.05
+"""Before the second attempt to connect; it doubles from there."""
+NEWS_INTERVAL_S = 0.5
+"""Those who wait for room try this often even if a worker's statistics show none."""
 CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),
     ("grpc.use_local_subchannel_pool", 1),
@@ -60,6 +63,7 @@ class WorkerLink:
         self._on_change = on_change
         self._on_room = on_room
         self._inboxes: dict[str, Inbox] = {}
+        self._next_news_at = 0.0
         self._task: asyncio.Task[None] | None = None
         self._decode: worker_pb2_grpc.DecodeWorkerStub | None = None
         self._prefill: worker_pb2_grpc.PrefillWorkerStub | None = None
@@ -117,6 +121,7 @@ class WorkerLink:
             )
         except (AttemptFailedError, WorkerFullError, InvalidArgumentError) as error:
             logger.warning("abort was not confirmed: %s", error, extra={"request_id": request.request_id})
+        self._on_room()
 
     # The life of the connection.
 
@@ -198,11 +203,18 @@ class WorkerLink:
             if inbox is not None:
                 inbox.put_output(output)
         if event.HasField("stats"):
-            self.info.stats = event.stats
-            self._on_room()
+            self._learn(event.stats)
         if event.draining and self.info.state is WorkerState.READY:
             self.info.state = WorkerState.DRAINING
             self._on_change()
+
+    def _learn(self, stats: worker_pb2.WorkerStats) -> None:
+        """Keep the statistics; wake those who wait for room if there is more than before, or now and then."""
+        old, self.info.stats = self.info.stats, stats
+        now = asyncio.get_running_loop().time()
+        if stats.free_blocks > old.free_blocks or _num_held(stats) < _num_held(old) or now > self._next_news_at:
+            self._next_news_at = now + NEWS_INTERVAL_S
+            self._on_room()
 
     def _lose(self, why: str) -> None:
         """The connection is over: tell everybody who has a request there."""
@@ -240,6 +252,10 @@ class WorkerLink:
                 raise
             # Nobody cancelled this task: the channel was closed under the call.
             raise WorkerLostError(f"worker {self.info.label} was lost during {what}", worker=life) from None
+
+
+def _num_held(stats: worker_pb2.WorkerStats) -> int:
+    return stats.num_running + stats.num_waiting + stats.num_reserved
 
 
 def _told(label: str, what: str, error: grpc.aio.AioRpcError) -> str:

@@ -144,7 +144,7 @@ def test_deadline_bounds_a_worker_that_never_answers(model: Path) -> None:
             started = time.monotonic()
             refusal = await made.refused(request)
             assert refusal.code is grpc.StatusCode.DEADLINE_EXCEEDED
-            assert "0.3 s" in refusal.message
+            assert "0.3 s; it waited for the first token of worker p0/1" in refusal.message
             assert 0.3 <= time.monotonic() - started < 0.8
             await aborted_on_both_sides(made, "r1")
 
@@ -171,6 +171,28 @@ def test_client_that_stops_reading_is_cut_off(model: Path) -> None:
                     assert other.token_ids == expected_answer(PROMPT, 400)
                 call.cancel()
             await asyncio.sleep(0)
+            await made.idle()
+
+    run(scenario())
+
+
+def test_cancel_that_races_the_end_gives_one_ending(model: Path) -> None:
+    async def scenario() -> None:
+        async with cluster(model) as made:
+
+            async def race(number: int) -> str:
+                answer = Answer()
+                cancels = []
+                async for event in made.stub.Generate(ask(f"r{number}", num=3)):
+                    answer.add(event)
+                    if len(answer.token_ids) >= 1 + number % 3:
+                        request = inference_pb2.CancelRequest(request_id=f"r{number}")
+                        cancels.append(asyncio.ensure_future(made.stub.Cancel(request)))
+                await asyncio.gather(*cancels)
+                return answer.reason
+
+            endings = await asyncio.gather(*(race(number) for number in range(60)))
+            assert set(endings) == {"LENGTH", "CANCELLED"}
             await made.idle()
 
     run(scenario())

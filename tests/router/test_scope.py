@@ -22,7 +22,7 @@ async def write_in(scope: Scope, written: asyncio.Event) -> None:
 
 async def wait_for_ever(bound_s: float) -> None:
     async with Scope() as scope:
-        scope.interrupt_at(asyncio.get_running_loop().time() + bound_s, DeadlineExceededError("late"))
+        scope.interrupt_at(asyncio.get_running_loop().time() + bound_s, lambda: DeadlineExceededError("late"))
         await asyncio.Event().wait()
 
 
@@ -94,8 +94,19 @@ def test_interrupt_at_a_time() -> None:
             await wait_for_ever(0.1)
         assert 0.1 <= time.monotonic() - started < 0.5
         async with Scope() as scope:
-            scope.interrupt_at(asyncio.get_running_loop().time() + 0.05, DeadlineExceededError("late"))
+            scope.interrupt_at(asyncio.get_running_loop().time() + 0.05, lambda: DeadlineExceededError("late"))
         await asyncio.sleep(0.1)
+
+    run(scenario())
+
+
+def test_sealed_scope_is_left_alone() -> None:
+    async def scenario() -> None:
+        async with Scope() as scope:
+            scope.interrupt_at(asyncio.get_running_loop().time() + 0.02, lambda: DeadlineExceededError("late"))
+            scope.seal()
+            assert not scope.interrupt(CANCELLED)
+            await asyncio.sleep(0.05)
 
     run(scenario())
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
+import random
 from pathlib import Path
 
 import grpc
@@ -18,7 +20,7 @@ from router.config import RouterConfig
 from router.errors import InvalidArgumentError
 from router.model import ServedModel
 from tests.router.fake_worker import VOCAB_SIZE, expected_answer
-from tests.router.harness import PROMPT, Refusal, ask, cluster, eventually, run
+from tests.router.harness import PROMPT, Behaviour, Refusal, ask, cluster, eventually, run
 
 CONFIG = RouterConfig()
 
@@ -135,6 +137,35 @@ def test_bytes_that_are_no_message_are_refused(model: Path) -> None:
                 refusal = Refusal.of(caught.value)
                 assert (refusal.code, refusal.field) == (grpc.StatusCode.INVALID_ARGUMENT, "request")
             assert (await made.ask(ask())).reason == "LENGTH"
+
+    run(scenario())
+
+
+def test_mutated_messages_never_break_the_router(model: Path) -> None:
+    async def scenario() -> None:
+        rng = random.Random(3)
+        sound = inference_pb2.GenerateRequest(
+            chat=chat(("user", "Paris is where?"), ("assistant", "In France.")),
+            sampling=inference_pb2.Sampling(max_tokens=3, temperature=0.5, stop=["x"], stop_token_ids=[1]),
+            priority=1,
+            deadline_s=5.0,
+        ).SerializeToString()
+        allowed = {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"}
+        seen: set[str] = set()
+        async with cluster(model, behaviour=Behaviour(step_s=0.0)) as made:
+            generate = made.channel.unary_stream("/pdserve.v1.Inference/Generate")
+            for _ in range(200):
+                body = bytearray(sound)
+                for _ in range(rng.randint(1, 3)):
+                    body[rng.randrange(len(body))] = rng.randrange(256)
+                call = generate(bytes(body[: rng.choice([len(body), len(body), rng.randrange(len(body))])]))
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    async for _ in call:
+                        pass
+                seen.add((await call.code()).name)
+            assert seen <= allowed
+            assert {"OK", "INVALID_ARGUMENT"} <= seen
+            await made.idle()
 
     run(scenario())
 
