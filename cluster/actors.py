@@ -202,7 +202,7 @@ class RouterActor:
         collector = metrics.StatsCollector("router", self._metric_values)
         observability = config.observability
         self._metrics = metrics.serve([collector], host=observability.metrics_host, port=observability.metrics_port)
-        self._app, self._address = self._loop.run(_make_router(spec, config, secret), START_S)
+        self._app, self._address = self._loop.run(_make_router(spec, config, secret, self._metrics.address), START_S)
         on_sigterm(self._on_sigterm)
 
     def ready(self) -> dict[str, Any]:
@@ -241,7 +241,9 @@ async def _make_front(options: FrontOptions, redis_url: str) -> WorkerFront:
     return front
 
 
-async def _make_router(spec: RouterSpec, config: ClusterConfig, secret: bytes) -> tuple[RouterApp, str]:
+async def _make_router(
+    spec: RouterSpec, config: ClusterConfig, secret: bytes, metrics_address: str
+) -> tuple[RouterApp, str]:
     app = RouterApp(
         config=config.router,
         model=config.model,
@@ -250,7 +252,7 @@ async def _make_router(spec: RouterSpec, config: ClusterConfig, secret: bytes) -
         secret=secret,
         router_id=spec.router_id,
     )
-    return app, await app.start()
+    return app, await app.start(metrics_address)
 
 
 __all__ = ["EngineActor", "FrontActor", "RouterActor", "RouterSpec", "WorkerSpec"]

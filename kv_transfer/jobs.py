@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from functools import partial
 from kv_transfer.errors import TicketError, TransferIntegrityError
 from kv_transfer.ticket import KVTicket, SendResult, TicketState
 from kv_transfer.timers import Janitor
+from protos.transfer_pb2 import TicketComplete
 from protos.worker_pb2 import TokenOutput
 
 
@@ -86,6 +88,7 @@ class SendJob:
         self._state = JobState.OPEN
         self._pieces: deque[Piece] = deque()
         self._first: TokenOutput | None = None
+        self._finished_at = 0.0
         self._gathering = False
         self._result: SendResult | None = None
         self._notify: Callable[[SendJob], None] = lambda job: None
@@ -129,6 +132,7 @@ class SendJob:
                 raise TicketError(f"ticket {self.ticket.ticket_id} was finished twice")
             self._state = JobState.FINISHING
             self._first = first
+            self._finished_at = time.monotonic()
         self._notify(self)
 
     def abort(self, reason: str) -> None:
@@ -185,13 +189,16 @@ class SendJob:
                 return False
             return True
 
-    def take_first(self) -> TokenOutput | None:
-        """The first token, once, when no piece waits any more."""
+    def take_complete(self) -> TicketComplete | None:
+        """What to say behind the last piece, once, when no piece waits any more."""
         with self._lock:
             if self._pieces or self._state is not JobState.FINISHING:
                 return None
             first, self._first = self._first, None
-            return first
+            if first is None:
+                return None
+            age_s = time.monotonic() - self._finished_at
+            return TicketComplete(ticket_id=self.ticket.ticket_id, first=first, first_age_s=age_s)
 
     @property
     def has_work(self) -> bool:

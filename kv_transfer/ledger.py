@@ -156,7 +156,7 @@ class TicketLedger:
             elif failure is not None:
                 self._end(ticket, TicketState.ABORTED, failure)
 
-    def complete(self, holder: Holder, ticket_id: str, first: TokenOutput, heard_at: float) -> None:
+    def complete(self, holder: Holder, ticket_id: str, first: TokenOutput, computed_at: float) -> None:
         """The sender has announced everything, and all of it was handled: deliver, or abort if KV is missing."""
         with self._lock:
             ticket = self._held(holder, ticket_id)
@@ -171,7 +171,7 @@ class TicketLedger:
                 self._end(ticket, TicketState.ABORTED, reason)
                 return
             self._close(ticket, TicketState.DELIVERED, "")
-        tail_s = max(0.0, ticket.last_home - heard_at)
+        tail_s = max(0.0, ticket.last_home - computed_at)
         received = ReceivedKV(ticket_id, first, ticket.busy_s, ticket.num_bytes, tail_s)
         run_safely(partial(grant.on_ready, received), "on_ready")
 

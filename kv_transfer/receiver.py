@@ -159,7 +159,8 @@ class ReceiverPair:
         elif self._inbox and isinstance(self._inbox[0][0], TicketComplete):
             complete, heard_at = self._inbox.popleft()
             assert isinstance(complete, TicketComplete)
-            self._context.ledger.complete(self, complete.ticket_id, complete.first, heard_at)
+            computed_at = heard_at - complete.first_age_s
+            self._context.ledger.complete(self, complete.ticket_id, complete.first, computed_at)
 
     def _post_receives(self) -> None:
         """Post receives for announced pieces, up to the next completion or the staging's end."""

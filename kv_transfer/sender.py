@@ -29,7 +29,7 @@ from kv_transfer.rendezvous import PairStore
 from kv_transfer.staging import as_piece, digest_of
 from kv_transfer.ticket import TicketState
 from kv_transfer.transport import Side, Transfer, Transport, open_transport
-from protos.transfer_pb2 import ControlMessage, PieceAnnounced, StoreSet, TicketAbandoned, TicketComplete
+from protos.transfer_pb2 import ControlMessage, PieceAnnounced, StoreSet, TicketAbandoned
 
 _log = logging.getLogger(__name__)
 
@@ -163,8 +163,8 @@ class SenderPair:
             return
         if job.settled:
             self._abandon(job)
-        elif (first := job.take_first()) is not None:
-            self._say(ControlMessage(complete=TicketComplete(ticket_id=job.ticket.ticket_id, first=first)))
+        elif (complete := job.take_complete()) is not None:
+            self._say(ControlMessage(complete=complete))
             self._in_flight.append(_InFlight(finished=job))
         else:
             self._send_piece(job)

@@ -98,7 +98,7 @@ class ReceivedKV:
     """Time the pair spent on this ticket's pieces, from each one's announcement to its being home."""
     num_bytes: int
     tail_s: float
-    """First token heard to last piece home; 0 if everything was home before."""
+    """First token computed to last piece home; 0 if everything was home before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -83,12 +83,14 @@ class PieceAnnounced(_message.Message):
     def __init__(self, sequence_number: _Optional[int] = ..., ticket_id: _Optional[str] = ..., first_layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., first_token: _Optional[int] = ..., num_tokens: _Optional[int] = ..., num_bytes: _Optional[int] = ..., digest: _Optional[int] = ..., has_digest: _Optional[bool] = ...) -> None: ...
 
 class TicketComplete(_message.Message):
-    __slots__ = ("ticket_id", "first")
+    __slots__ = ("ticket_id", "first", "first_age_s")
     TICKET_ID_FIELD_NUMBER: _ClassVar[int]
     FIRST_FIELD_NUMBER: _ClassVar[int]
+    FIRST_AGE_S_FIELD_NUMBER: _ClassVar[int]
     ticket_id: str
     first: _worker_pb2.TokenOutput
-    def __init__(self, ticket_id: _Optional[str] = ..., first: _Optional[_Union[_worker_pb2.TokenOutput, _Mapping]] = ...) -> None: ...
+    first_age_s: float
+    def __init__(self, ticket_id: _Optional[str] = ..., first: _Optional[_Union[_worker_pb2.TokenOutput, _Mapping]] = ..., first_age_s: _Optional[float] = ...) -> None: ...
 
 class TicketSettled(_message.Message):
     __slots__ = ("ticket_id", "state", "reason")

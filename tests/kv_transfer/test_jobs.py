@@ -100,13 +100,13 @@ def test_every_place_is_sent_exactly_once_within_the_limit(chunks: list[int], ru
 def test_the_first_token_follows_the_last_piece_once(janitor: Janitor) -> None:
     job, _ = new_job(janitor)
     job.push(0, 1, 0, [1])
-    assert job.take_first() is None
+    assert job.take_complete() is None
     job.finish(FIRST)
-    assert job.take_first() is None, "a piece still waits"
+    assert job.take_complete() is None, "a piece still waits"
     take(job)
     assert job.has_work
-    assert job.take_first() == FIRST
-    assert job.take_first() is None
+    assert job.take_complete().first == FIRST
+    assert job.take_complete() is None
     assert not job.has_work
 
 
