@@ -178,7 +178,7 @@ def test_client_that_stops_reading_is_cut_off(model: Path) -> None:
 
 def test_cancel_that_races_the_end_gives_one_ending(model: Path) -> None:
     async def scenario() -> None:
-        async with cluster(model) as made:
+        async with cluster(model, behaviour=Behaviour(step_s=0.05)) as made:
 
             async def race(number: int) -> str:
                 answer = Answer()
