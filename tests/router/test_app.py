@@ -6,6 +6,7 @@ import asyncio
 import datetime
 import json
 import random
+import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -122,6 +123,7 @@ def certificate(directory: Path) -> tuple[Path, Path]:
     return cert, key
 
 
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command to make a certificate")
 def test_tls(model: Path, tmp_path: Path) -> None:
     cert, key = certificate(tmp_path)
 
