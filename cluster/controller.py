@@ -19,6 +19,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from cluster import pool
 from cluster.config import from_plain
+from cluster.nap import napping
 from cluster.placement import NUM_ROUTERS, WorkerPlan, shortage, total, wanted_workers
 
 CONTROLLER = "controller"
@@ -127,7 +128,7 @@ class Controller:
 
 def create_controller(deployment: Deployment) -> Any:
     """The controller's handle; the actor is made if it is missing."""
-    kind = ray.remote(Controller)
+    kind: Any = ray.remote(napping(Controller))
     return kind.options(
         name=CONTROLLER,
         namespace=pool.NAMESPACE,

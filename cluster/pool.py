@@ -15,6 +15,7 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.nap import napping
 from cluster.placement import ROUTER_CPUS, Bundle, WorkerPlan
 from engine.ipc import socket_path
 
@@ -155,4 +156,4 @@ def _create(
     if place is not None:
         group, index = place
         options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-    return ray.remote(kind).options(**options)
+    return ray.remote(napping(kind)).options(**options)
