@@ -21,6 +21,8 @@ demo: $(VENV)/.run  ## Start a small split cluster, ask it one question, show th
 	@$(BIN)/pdserve demo
 
 test: $(VENV)/.dev  ## Run all tests (CPU)
+	@echo "[test] the demo model"
+	@$(BIN)/pdserve model fetch demo
 	@echo "[test] all tests; those with the real cluster take a few minutes"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
