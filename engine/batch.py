@@ -63,15 +63,19 @@ class StepResult:
 
 @dataclass(slots=True)
 class Batch:
-    """A step as tensors, on the engine's device."""
+    """A step as tensors, on the engine's device.
 
-    token_ids: torch.Tensor  # [num_tokens] int64
-    positions: torch.Tensor  # [num_tokens] int64, place in the sequence
+    num_rows >= num_tokens: rows may be padded to what the matrix kernels like best; padding comes
+    last, writes no KV and is never sampled.
+    """
+
+    token_ids: torch.Tensor  # [num_rows] int64
+    positions: torch.Tensor  # [num_rows] int64, place in the sequence
     slot_ids: torch.Tensor  # [num_tokens] int64, block_id * block_size + offset, where KV is written
     query_starts: list[int]  # [num_seqs + 1], half-open ranges into num_tokens
     context_lens: list[int]  # [num_seqs], tokens of KV a sequence has after this step's writes
     block_ids: list[list[int]]  # [num_seqs][blocks of the sequence]
-    sample_indices: torch.Tensor  # [num_samples] int64, rows of num_tokens whose logits are needed
+    sample_indices: torch.Tensor  # [num_samples, padded with its last entry] int64, rows whose logits are needed
     on_layer: OnLayer | None = None
     scratch: dict[str, Any] = field(default_factory=dict)
     """What the attention backend's plan() leaves for its forward()."""

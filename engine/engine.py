@@ -45,7 +45,7 @@ class Engine:
         *,
         on_progress: OnProgress | None = None,
     ) -> None:
-        """Load the model (on_progress hears bytes done, bytes in all) and set up the cache.
+        """Load the model (on_progress hears weights done, weights in all) and set up the cache.
 
         Raises ModelError for a model that cannot be used.
         """
