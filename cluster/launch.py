@@ -25,6 +25,7 @@ from cluster.children import send_signal
 from cluster.config import ClusterConfig, to_plain
 from cluster.ray_node import package_environment
 from cluster.run_dir import AlreadyRunningError, ProcessRef, RunDir, session_members, write_private
+from cluster.valkey import free_port
 from engine.errors import ModelError
 from engine.model_source import DEMO_NAME, resolve
 
@@ -47,7 +48,10 @@ class Launched:
 
 
 def check(config: ClusterConfig, run_dir: RunDir) -> ClusterConfig:
-    """The configuration with its model's path made absolute; LaunchError if it cannot run here and now."""
+    """The configuration with its model's path made absolute and its router's port fixed, for restarts to keep.
+
+    LaunchError if it cannot run here and now.
+    """
     running = run_dir.running()
     if running is not None:
         raise LaunchError(
@@ -67,6 +71,8 @@ def check(config: ClusterConfig, run_dir: RunDir) -> ClusterConfig:
     for name, host, port in ports:
         if port:
             _check_port(name, host, port)
+    if config.router.port == 0:
+        config = dataclasses.replace(config, router=dataclasses.replace(config.router, port=free_port()))
     if config.model.path == DEMO_NAME:
         return config
     return dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(source.path.resolve())))

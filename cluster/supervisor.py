@@ -71,7 +71,7 @@ class Supervisor:
         self._ray: RayNode | None = None
         self._redis_url = config.redis.url or ""
         run_id = f"pdserve{secrets.token_hex(4)}"
-        self._env = {**os.environ, **package_environment(), **ray_environment(run_dir, run_id)}
+        self._env = {**os.environ, **package_environment()}
         self._state = RunState(
             phase=Phase.STARTING,
             run_id=run_id,
@@ -148,12 +148,8 @@ class Supervisor:
     async def _start_ray(self) -> None:
         if self._config.ray.address is not None:
             self._state.ray_address, self._state.ray_is_ours = self._config.ray.address, False
-            for name in ("RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
-                if name in os.environ:
-                    self._env[name] = os.environ[name]
-                else:
-                    self._env.pop(name)
-            return
+            return  # how to speak to it, such as its token, is in the environment of `up`
+        self._env |= ray_environment(self._run_dir, self._state.run_id)
         wish = RayWish(
             run_id=self._state.run_id,
             redis_url=self._redis_url,

@@ -1,0 +1,68 @@
+"""Prometheus metrics over plain stats."""
+
+from __future__ import annotations
+
+import socket
+import urllib.request
+from dataclasses import dataclass, field
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from cluster.metrics import Latency, StatsCollector, serve
+
+
+@dataclass
+class Stats:
+    steps: int = 3
+    free_blocks: int = 7
+    name: str = "no number"
+    extra: dict[str, float] = field(default_factory=lambda: {"hidden_share": 0.5})
+
+
+def scrape(address: str) -> dict[str, float]:
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=5.0) as answer:
+        families = list(text_string_to_metric_families(answer.read().decode()))
+    return {sample.name: sample.value for family in families for sample in family.samples}
+
+
+def test_numbers_are_read_at_each_scrape() -> None:
+    stats = Stats()
+    server = serve([StatsCollector("engine", lambda: stats, counters=["steps"])])
+    try:
+        first = scrape(server.address)
+        stats.free_blocks = 6
+        second = scrape(server.address)
+    finally:
+        server.close()
+    assert first["pdserve_engine_steps_total"] == 3
+    assert first["pdserve_engine_hidden_share"] == 0.5
+    assert (first["pdserve_engine_free_blocks"], second["pdserve_engine_free_blocks"]) == (7, 6)
+    assert not any("name" in name for name in first)
+
+
+def test_labels_and_latency() -> None:
+    server = serve([StatsCollector("router", lambda: {"queued": 2}, labels={"router": "r-0"})])
+    try:
+        latency = Latency(server.registry, "router", "ttft", "first token")
+        latency.observe(0.03)
+        found = scrape(server.address)
+    finally:
+        server.close()
+    assert found["pdserve_router_queued"] == 2
+    assert found["pdserve_router_ttft_seconds_count"] == 1
+    assert found["pdserve_router_ttft_seconds_sum"] == pytest.approx(0.03)
+
+
+def test_listens_where_told_and_closes() -> None:
+    server = serve()
+    host, port = server.address.split(":")
+    assert host == "127.0.0.1"
+    server.close()
+    with socket.create_server((host, int(port))), pytest.raises(OSError):
+        serve(port=int(port))
+
+
+def test_stats_must_be_numbers_with_names() -> None:
+    with pytest.raises(TypeError, match="must be a dataclass or a mapping, got list"):
+        list(StatsCollector("x", lambda: [1]).collect())
