@@ -1,6 +1,6 @@
 """One engine against transformers on the same CPU, in the same run: decode steps and prefill, float32, one thread.
 
-    python benchmarks/cpu_engine.py model.gguf [--json result.json]
+    python benchmarks/cpu_engine.py [demo | model.gguf] [--json result.json]
 
 Both sides' `generate` runs turn by turn, `--repeats` times over, because other work on the machine slows both, and
 each token's moment is noted. Prefill is the time from the call to the first token; a decode step is the time between
@@ -15,6 +15,7 @@ import itertools
 import json
 import platform
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -24,9 +25,10 @@ from typing import Any
 import torch
 
 from engine.api import GenerateRequest, SamplingParams
-from engine.batch import ScheduledSequence, StepPlan
 from engine.config import CacheOptions, EngineOptions, ModelOptions
-from engine.runner import ModelRunner
+from engine.engine import Engine
+from engine.model_source import resolve
+from engine.scheduler import Emitted
 from engine.sequence import Sequence
 
 CONTEXT = 240
@@ -40,7 +42,8 @@ class Answer:
 
     tokens: list[list[int]]
     moments: list[float]
-    """Seconds by the clock: the call, then the end of each step that gave every prompt a token."""
+    """Seconds by the clock: the call, then the end of each step that gave every prompt a token. (With several
+    prompts the engine lets the first ones decode while the last is being computed; those steps are not noted.)"""
 
 
 @dataclass(slots=True)
@@ -57,45 +60,43 @@ class Outcome:
 
 
 class Ours:
-    """This repository's engine, driven step by step."""
+    """This repository's engine, colocated: prompts in, tokens out, as a worker's loop runs it."""
 
     def __init__(self, model: str, clock: Callable[[], float]) -> None:
-        options = EngineOptions(device="cpu", threads=1)
         self._clock = clock
-        self._runner = ModelRunner(ModelOptions(path=model), CacheOptions(), options)
-        self._max_step_tokens = options.max_step_tokens
-        self._runner.warm_up()
+        self._engine = Engine(
+            ModelOptions(path=model),
+            CacheOptions(prefix_caching=False),
+            EngineOptions(device="cpu", threads=1),
+        )
+        self._engine.runner.warm_up()
+        self._engine.start()
 
     def generate(self, prompts: list[list[int]], num_new: int) -> Answer:
-        """Greedy tokens of each prompt: computed one after the other, then decoded together."""
+        """Greedy tokens of each prompt, all given at once."""
+        params = SamplingParams(max_tokens=num_new, ignore_eos=True)
+        requests = [
+            GenerateRequest(request_id=str(index), prompt_token_ids=tuple(prompt), params=params)
+            for index, prompt in enumerate(prompts)
+        ]
+        tokens: list[list[int]] = [[] for _ in prompts]
         moments = [self._clock()]
-        sequences = [self._sequence(index, prompt, num_new) for index, prompt in enumerate(prompts)]
-        for sequence in sequences:
-            while sequence.num_generated_tokens == 0:
-                self._step([sequence])
-        moments.append(self._clock())
-        for _ in range(num_new - 1):
-            self._step(sequences)
-            moments.append(self._clock())
-        return Answer([sequence.token_ids[sequence.num_prompt_tokens :] for sequence in sequences], moments)
+        done = threading.Event()
 
-    def _sequence(self, index: int, prompt: list[int], num_new: int) -> Sequence:
-        request = GenerateRequest(request_id=str(index), prompt_token_ids=tuple(prompt), params=SamplingParams())
-        sequence = Sequence.from_request(request, arrival=0.0)
-        num_blocks = -(-(len(prompt) + num_new) // self._runner.kv_cache.block_size)
-        sequence.block_ids = list(range(index * num_blocks, (index + 1) * num_blocks))
-        return sequence
+        def on_step(emitted: list[Emitted]) -> None:
+            for sequence, output in emitted:
+                tokens[int(sequence.request.request_id)] += output.token_ids
+            if len(emitted) == len(prompts):
+                moments.append(self._clock())
+            if all(len(each) == num_new for each in tokens):
+                done.set()
 
-    def _step(self, sequences: list[Sequence]) -> None:
-        shares = tuple(
-            ScheduledSequence(s, s.num_computed_tokens, min(s.num_missing_tokens, self._max_step_tokens))
-            for s in sequences
-        )
-        result = self._runner.run(StepPlan(shares))
-        for share, sampled in zip(shares, result.sampled, strict=True):
-            share.sequence.num_computed_tokens += share.num_tokens
-            if sampled is not None:
-                share.sequence.token_ids.append(sampled.token_id)
+        self._engine.loop.on_step = on_step
+        sequences = [Sequence.from_request(request, arrival=index) for index, request in enumerate(requests)]
+        self._engine.loop.post(lambda: [self._engine.scheduler.add(sequence) for sequence in sequences] and None)
+        if not done.wait(600):
+            raise TimeoutError("the engine did not answer within 600 s")
+        return Answer(tokens, moments)
 
 
 class _Marks:
@@ -123,7 +124,7 @@ class Theirs:
         log: Any = logging
         log.disable_progress_bar()
         log.set_verbosity_error()
-        path = Path(model)
+        path = resolve(model).path
         names: dict[str, Any] = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
         self._clock = clock
         self._model: Any = AutoModelForCausalLM.from_pretrained(
@@ -188,7 +189,7 @@ def print_table(outcomes: list[Outcome]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a .gguf file or a Hugging Face directory")
+    parser.add_argument("model", nargs="?", default="demo", help="demo, a .gguf file or a Hugging Face directory")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall")
     parser.add_argument("--json", type=Path, help="write every time measured to this file")
