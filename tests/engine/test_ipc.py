@@ -71,7 +71,7 @@ def test_an_unanswered_call_ends_in_time_and_names_itself(served):
     async def main():
         client = EngineClient(lambda step: None)
         await client.connect(path)
-        with pytest.raises(EngineGoneError, match="did not answer `drain` within 0.05 s"):
+        with pytest.raises(EngineGoneError, match=r"did not answer `drain` within 0\.05 s"):
             await client.call(pb.EngineCommand(drain=pb.DrainEngine()), 0.05)
         await client.close()
 
