@@ -13,6 +13,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -105,6 +106,7 @@ async def ray_alone(run_dir: RunDir, seconds: float) -> dict[str, Cost]:
         await ray.stop()
         await valkey.stop()
         children.close()
+        shutil.rmtree(wish.sockets)
     return {key: cost for key, cost in found.items() if key in RAY_PROCESSES}
 
 

@@ -55,6 +55,8 @@ def ray_environment(run_dir: RunDir, run_id: str) -> dict[str, str]:
         "RAY_task_events_report_interval_ms": "0",
         "RAY_num_workers_soft_limit": "0",
         "RAY_worker_niceness": "0",
+        # A GCS that lost Redis cannot be helped but by a new one: let it end soon.
+        "RAY_num_redis_request_retries": "1",
     }
 
 
@@ -97,10 +99,6 @@ class RayNode:
         self.address, self._gcs_argv = started.address, started.gcs_argv
         self.gcs = self._children.adopt("gcs_server", started.gcs_pid)
         self.raylet = self._children.adopt("raylet", started.raylet_pid)
-
-    def is_up(self) -> bool:
-        """Whether both processes live."""
-        return all(child is not None and not child.exited.done() for child in (self.gcs, self.raylet))
 
     def restart_gcs(self) -> Child:
         """Run the same GCS again: same port, and its state from Redis."""

@@ -65,6 +65,7 @@ class Supervisor:
         self._children = children
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
+        self._over = asyncio.Event()
         self._watches: dict[str, asyncio.Task[None]] = {}
         self._deployed = False
         self._valkey: Valkey | None = None
@@ -188,8 +189,8 @@ class Supervisor:
         self._state.restarts[child.name] = self._state.restarts.get(child.name, 0) + 1
         pause = max(0.0, RESTART_PAUSE_S - (time.monotonic() - since))
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._stop.wait(), pause)
-        if self._stop.is_set():
+            await asyncio.wait_for(self._over.wait(), pause)
+        if self._over.is_set():
             return
         try:
             await again()
@@ -244,11 +245,11 @@ class Supervisor:
         self._state.phase = Phase.STOPPING
         self._save()
         log.info("stopping")
+        if self._deployed:
+            await self._end_deployment()
+        self._over.set()
         for task in self._watches.values():
             task.cancel()
-        ray_is_up = self._ray is None or self._ray.is_up()
-        if self._deployed and ray_is_up:
-            await self._end_deployment()
         if self._ray is not None:
             await self._ray.stop()
         if self._redis_url and self._state.ray_is_ours:
