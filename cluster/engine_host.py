@@ -147,15 +147,15 @@ class HostSession:
             self._node = None
 
     def stats(self) -> pb.WorkerStats:
-        """Counters and gauges of the engine and of this epoch's transfers."""
-        stats = engine_stats(self._engine)
-        if self._node is not None and self._decode is not None:
-            transfer = self._node.stats()
+        """Counters and gauges of the engine and of this epoch's transfers; any thread may ask."""
+        stats, node, decode = engine_stats(self._engine), self._node, self._decode
+        if node is not None and decode is not None:
+            transfer = node.stats()
             stats.open_tickets = transfer.open_tickets
             stats.sent_bytes = transfer.sent_bytes
             stats.received_bytes = transfer.received_bytes
             stats.digest_mismatches = transfer.digest_mismatches
-            stats.num_reserved = len(self._decode.holders())
+            stats.num_reserved = decode.num_reserved
             stats.open_sends = transfer.open_sends
             stats.num_pairs = transfer.pairs
             stats.lost_peers = transfer.lost_peers

@@ -87,6 +87,11 @@ class KVIntake:
         self._node.abort(reservation.ticket.ticket_id, reason)
         return True
 
+    @property
+    def num_reserved(self) -> int:
+        """Reservations whose ticket has not ended; any thread may ask."""
+        return len(self._reservations)
+
     def sequences(self) -> list[Sequence]:
         """Sequences that hold blocks for KV to come."""
         return [reservation.sequence for reservation in self._reservations.values()]

@@ -109,9 +109,14 @@ class DecodeWorker:
         """Sequences that hold blocks beyond those the scheduler knows."""
         return self._intake.sequences()
 
+    @property
+    def num_reserved(self) -> int:
+        """Requests whose KV is awaited; any thread may ask."""
+        return self._intake.num_reserved
+
     def num_open(self) -> int:
-        """Requests reserved or running."""
-        return len(self._running) + len(self._intake.sequences())
+        """Requests reserved or running; any thread may ask."""
+        return len(self._running) + self._intake.num_reserved
 
     def _sequences(self) -> list[Sequence]:
         return [*(entry.sequence for entry in self._running.values()), *self._intake.sequences()]
