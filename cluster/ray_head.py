@@ -58,10 +58,22 @@ def gcs_environment(settings: HeadSettings) -> dict[str, str]:
 
 def start(settings: HeadSettings) -> HeadProcesses:
     """Start gcs_server and raylet, and return once the node is known to the GCS."""
+    gcs_argv: list[str] = []
+    node = _head_class(settings, gcs_argv)(_parameters(settings), head=True, shutdown_at_exit=False, spawn_reaper=False)
+    pids = {kind: infos[0].process.pid for kind, infos in node.all_processes.items()}
+    return HeadProcesses(
+        address=node.gcs_address,
+        gcs_pid=pids["gcs_server"],
+        gcs_argv=gcs_argv,
+        raylet_pid=pids["raylet"],
+        session_dir=node.get_session_dir_path(),
+    )
+
+
+def _head_class(settings: HeadSettings, gcs_argv: list[str]) -> Any:
+    """Ray's node, without what nobody here asks; notes how it starts the GCS in `gcs_argv`."""
     services: Any = importlib.import_module("ray._private.services")
     node_class: Any = importlib.import_module("ray._private.node").Node
-    params: Any = importlib.import_module("ray._private.parameter").RayParams
-    gcs_argv: list[str] = []
 
     class Head(node_class):  # type: ignore[misc]
         """A head without dashboard and autoscaler, whose arguments carry no password."""
@@ -83,37 +95,29 @@ def start(settings: HeadSettings) -> HeadProcesses:
             self.get_gcs_client()
             self._write_cluster_info_to_kv()
 
-    node = Head(
-        params(
-            node_ip_address="127.0.0.1",
-            gcs_server_port=settings.gcs_port,
-            external_addresses=[settings.redis_address, settings.redis_address],
-            num_redis_shards=1,
-            redis_username=settings.redis_username,
-            redis_password=settings.redis_password,
-            num_cpus=settings.num_cpus,
-            num_gpus=settings.num_gpus,
-            object_store_memory=settings.object_store_bytes,
-            temp_dir=settings.temp_dir,
-            plasma_store_socket_name=f"{settings.socket_dir}/plasma",
-            raylet_socket_name=f"{settings.socket_dir}/raylet",
-            include_log_monitor=False,
-            no_monitor=True,
-            include_dashboard=False,
-            min_worker_port=0,
-            max_worker_port=0,
-        ),
-        head=True,
-        shutdown_at_exit=False,
-        spawn_reaper=False,
-    )
-    pids = {kind: infos[0].process.pid for kind, infos in node.all_processes.items()}
-    return HeadProcesses(
-        address=node.gcs_address,
-        gcs_pid=pids["gcs_server"],
-        gcs_argv=gcs_argv,
-        raylet_pid=pids["raylet"],
-        session_dir=node.get_session_dir_path(),
+    return Head
+
+
+def _parameters(settings: HeadSettings) -> Any:
+    params: Any = importlib.import_module("ray._private.parameter").RayParams
+    return params(
+        node_ip_address="127.0.0.1",
+        gcs_server_port=settings.gcs_port,
+        external_addresses=[settings.redis_address, settings.redis_address],
+        num_redis_shards=1,
+        redis_username=settings.redis_username,
+        redis_password=settings.redis_password,
+        num_cpus=settings.num_cpus,
+        num_gpus=settings.num_gpus,
+        object_store_memory=settings.object_store_bytes,
+        temp_dir=settings.temp_dir,
+        plasma_store_socket_name=f"{settings.socket_dir}/plasma",
+        raylet_socket_name=f"{settings.socket_dir}/raylet",
+        include_log_monitor=False,
+        no_monitor=True,
+        include_dashboard=False,
+        min_worker_port=0,
+        max_worker_port=0,
     )
 
 

@@ -55,6 +55,7 @@ class EngineOptions:
     """How one engine computes."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where tensors live; auto: a GPU where there is one."""
     threads: int = 1
     """CPU threads an engine process may use for tensor work."""
     max_step_tokens: int = 512
@@ -62,6 +63,7 @@ class EngineOptions:
     max_running: int = 64
     """Most sequences in one step."""
     attention: Literal["auto", "sdpa"] = "auto"
+    """Attention backend; auto picks one for the device."""
     tensor_parallel: int = 1
     """Ranks of one worker."""
 

@@ -1,0 +1,110 @@
+"""What a router's stream stands for: while it lasts its work goes on, and with it all of that ends."""
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+
+from decode_pool import service
+from engine import wire
+from engine.config import ModelOptions
+from protos import worker_pb2 as pb
+from protos import worker_pb2_grpc
+from protos.auth import WORKER_METADATA_KEY, worker_key
+from tests.mini_cluster import SECRET, MiniCluster, MiniWorker, Shape
+from tests.session_pair import make_request
+
+METADATA = ((WORKER_METADATA_KEY, worker_key(SECRET)),)
+Stub = worker_pb2_grpc.DecodeWorkerStub
+
+
+def run(tiny_llama, tmp_path, scenario) -> None:
+    """Play the router of one worker."""
+
+    async def main() -> None:
+        cluster = MiniCluster(Shape(model=ModelOptions(path=str(tiny_llama))), tmp_path)
+        async with alone(cluster) as (worker, stub), asyncio.timeout(30):
+            await scenario(worker, stub)
+
+    asyncio.run(main())
+
+
+@asynccontextmanager
+async def alone(cluster: MiniCluster):
+    """One decode worker without any router."""
+    try:
+        worker = await cluster.add_worker("d", "decode")
+        async with grpc.aio.insecure_channel(worker.front.address) as channel:
+            yield worker, Stub(channel)
+    finally:
+        await cluster.__aexit__(None, None, None)
+
+
+async def attach(stub: Stub):
+    """A stream whose description has come."""
+    call = stub.Attach(metadata=METADATA)
+    await call.write(pb.AttachRequest(hello=pb.AttachHello(router_id="r")))
+    assert (await call.read()).HasField("description")
+    return call
+
+
+async def reserve(worker: MiniWorker, stub: Stub, name: str, **options) -> None:
+    """Ask for blocks as router "r"."""
+    request = wire.request_to_wire(make_request(name, [5] * 40, max_tokens=200))
+    await stub.Reserve(
+        pb.ReserveRequest(router_id="r", request=request, epoch=worker.front.link.epoch, **options), metadata=METADATA
+    )
+
+
+async def num_reserved(worker: MiniWorker) -> int:
+    """As the engine counts once it has taken in everything said before."""
+    reply = await worker.front.link.call(pb.EngineCommand(check=pb.CheckIntegrity()), 10.0)
+    assert reply.WhichOneof("result") == "stats", reply.error.message
+    return reply.stats.num_reserved
+
+
+async def until_ended(call) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
+def test_a_router_that_attaches_anew_leaves_nothing_behind(tiny_llama, tmp_path):
+    async def scenario(worker: MiniWorker, stub: Stub) -> None:
+        first = await attach(stub)
+        await reserve(worker, stub, "old")
+        assert await num_reserved(worker) == 1
+        second = await attach(stub)
+        await until_ended(first)
+        await reserve(worker, stub, "new")
+        assert await num_reserved(worker) == 1
+        second.cancel()
+
+    run(tiny_llama, tmp_path, scenario)
+
+
+def test_a_silent_router_is_gone(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(service, "ROUTER_SILENCE_S", 0.2)
+
+    async def scenario(worker: MiniWorker, stub: Stub) -> None:
+        call = await attach(stub)
+        await reserve(worker, stub, "orphan")
+        await until_ended(call)
+        assert await num_reserved(worker) == 0
+        with pytest.raises(grpc.aio.AioRpcError, match="router r is not attached"):
+            await reserve(worker, stub, "late")
+
+    run(tiny_llama, tmp_path, scenario)
+
+
+def test_a_router_over_its_cap_is_detached_at_once(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(service, "MAX_QUEUED_EVENTS", 0)
+
+    async def scenario(worker: MiniWorker, stub: Stub) -> None:
+        call = await attach(stub)
+        await reserve(worker, stub, "long", local_prefill=True)
+        await until_ended(call)
+        assert await num_reserved(worker) == 0
+        assert not worker.host.engine.scheduler.sequences()
+
+    run(tiny_llama, tmp_path, scenario)
