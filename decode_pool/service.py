@@ -1,7 +1,7 @@
 """The decode craft's gRPC service, in a worker's front process: translates and streams, decides nothing.
 
-An attached router: ATTACHED --stream ends, router silent, or its queue over its cap--> GONE, and the
-engine ends everything it asked for. When the engine's epoch ends, all streams end.
+An attached router: ATTACHED --stream ends, router silent, attached anew, or queue over its cap--> GONE,
+and the engine ends everything it asked for. When the engine's epoch ends, all streams end.
 """
 
 from __future__ import annotations
@@ -43,14 +43,10 @@ class _Attached:
     queue: asyncio.Queue[pb.AttachEvent | None] = field(default_factory=asyncio.Queue)
     """None ends the stream."""
 
-    def put(self, event: pb.AttachEvent) -> None:
-        """Queue an event, or end the stream of a router that has stopped reading."""
-        if self.queue.qsize() >= MAX_QUEUED_EVENTS:
-            log.error("router %s does not read its stream: detaching it", self.router_id)
-            self.queue = asyncio.Queue()
-            self.queue.put_nowait(None)
-        else:
-            self.queue.put_nowait(event)
+    def forget(self) -> None:
+        """Drop what is queued."""
+        while not self.queue.empty():
+            self.queue.get_nowait()
 
 
 class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
@@ -66,8 +62,16 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         """Pass one engine step's tokens on, one message per router."""
         for outputs in step.outputs:
             router = self._attached.get(outputs.router_id)
-            if router is not None:
-                router.put(pb.AttachEvent(outputs=outputs.outputs, stats=step.stats, draining=self.draining))
+            if router is None:
+                continue
+            if router.queue.qsize() >= MAX_QUEUED_EVENTS:
+                log.error("router %s does not read its stream: detaching it", router.router_id)
+                router.forget()
+                self._detach(router)
+            else:
+                router.queue.put_nowait(
+                    pb.AttachEvent(outputs=outputs.outputs, stats=step.stats, draining=self.draining)
+                )
 
     async def Attach(
         self, request_iterator: AsyncIterator[pb.AttachRequest], context: Context
@@ -82,7 +86,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         router = _Attached(first.hello.router_id)
         replaced = self._attached.get(router.router_id)
         if replaced is not None:
-            replaced.queue.put_nowait(None)
+            self._detach(replaced)
         self._attached[router.router_id] = router
         watchers = [
             asyncio.create_task(self._hear(request_iterator, router), name="attach-hear"),
@@ -96,9 +100,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         finally:
             for watcher in watchers:
                 watcher.cancel()
-            if self._attached.get(router.router_id) is router:
-                del self._attached[router.router_id]
-                self._link.send(pb.EngineCommand(router_gone=pb.RouterGone(router_id=router.router_id)))
+            self._detach(router)
             log.info("router %s detached", router.router_id)
 
     async def Reserve(self, request: pb.ReserveRequest, context: Context) -> pb.ReserveReply:
@@ -133,6 +135,13 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             return pb.AbortReply(found=False)
         return reply.abort
 
+    def _detach(self, router: _Attached) -> None:
+        """End everything that was asked for by a stream, and the stream behind what is queued."""
+        if self._attached.get(router.router_id) is router:
+            del self._attached[router.router_id]
+            self._link.send(pb.EngineCommand(router_gone=pb.RouterGone(router_id=router.router_id)))
+            router.queue.put_nowait(None)
+
     async def _next_event(self, router: _Attached) -> pb.AttachEvent | None:
         """The next step's tokens, or the stats when there are none for a while; None at the end."""
         try:
@@ -147,8 +156,8 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             while True:
                 await asyncio.wait_for(anext(requests), ROUTER_SILENCE_S)
                 self._link.send(renew)
-        router.queue.put_nowait(None)
+        self._detach(router)
 
     async def _end_with_epoch(self, router: _Attached) -> None:
         await self._link.lost.wait()
-        router.queue.put_nowait(None)
+        self._detach(router)
