@@ -199,6 +199,8 @@ class EngineClient:
                 self._take(framing.parse(pb.EngineEvent, body))
         except (OSError, asyncio.IncompleteReadError) as error:
             log.warning("the engine process is gone: %s", error)
+        except Exception:
+            log.exception("an event of the engine could not be taken in; hanging up")
         finally:
             self.closed.set()
             for future in self._calls.values():

@@ -147,3 +147,28 @@ def test_socket_paths_stay_short(tmp_path):
     assert len(socket_path(str(long), "w")) < 108
     assert socket_path(str(long), "w") != socket_path(str(long), "v")
     assert socket_path("/run/p", "w") == str(Path("/run/p/ipc/w.sock"))
+
+
+def test_a_link_outlives_an_event_that_nobody_can_take(served):
+    path, _, log = served
+    epochs = iter([1, 2])
+    failures = [RuntimeError("the first step is too much")]
+
+    def on_step(step):
+        if failures:
+            raise failures.pop()
+
+    async def next_epoch():
+        return next(epochs)
+
+    async def main():
+        link = EngineLink(socket_path=path, worker_id="w", next_epoch=next_epoch, on_step=on_step)
+        link.open()
+        await asyncio.wait_for(link.started.wait(), 5.0)
+        await asyncio.wait_for(link.lost.wait(), 5.0)
+        await asyncio.wait_for(link.started.wait(), 5.0)
+        assert link.epoch == 2
+        await link.close()
+
+    asyncio.run(main())
+    assert not failures
