@@ -7,9 +7,11 @@ No token ever passes through a Ray call.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +32,7 @@ log = logging.getLogger(__name__)
 START_S = 60.0
 STOP_S = 15.0
 EXIT_DRAINED = 0
+EXIT_FAILED = 1
 
 WORKER_COUNTERS = (
     "steps",
@@ -94,6 +97,19 @@ def _stats(message: pb.WorkerStats) -> dict[str, float]:
     return {field.name: getattr(message, field.name) for field in pb.WorkerStats.DESCRIPTOR.fields}
 
 
+@contextlib.contextmanager
+def _exit_at_the_end() -> Iterator[None]:
+    """End the process after a drain, also after one that failed: nobody else would."""
+    code = EXIT_FAILED
+    try:
+        yield
+        code = EXIT_DRAINED
+    except Exception:
+        log.exception("the drain failed")
+    finally:
+        os._exit(code)
+
+
 class EngineActor:
     """One rank of a worker: the model, its KV cache, its transfers."""
 
@@ -133,8 +149,9 @@ class EngineActor:
 
     def _on_sigterm(self) -> None:
         log.info("SIGTERM: draining the engine")
-        self._host.drain(self._drain_s)
-        os._exit(EXIT_DRAINED)
+        with _exit_at_the_end():
+            self._host.drain(self._drain_s)
+            self._host.stop()
 
 
 class FrontActor:
@@ -186,8 +203,8 @@ class FrontActor:
 
     def _on_sigterm(self) -> None:
         log.info("SIGTERM: draining the worker")
-        self.drain(self._drain_s)
-        os._exit(EXIT_DRAINED)
+        with _exit_at_the_end():
+            self.drain(self._drain_s)
 
 
 class RouterActor:
@@ -227,8 +244,8 @@ class RouterActor:
 
     def _on_sigterm(self) -> None:
         log.info("SIGTERM: draining the router")
-        self.drain(self._drain_s)
-        os._exit(EXIT_DRAINED)
+        with _exit_at_the_end():
+            self.drain(self._drain_s)
 
 
 # Outside the classes: Ray takes a class with a coroutine method for an asyncio actor, and

@@ -58,7 +58,7 @@ class EngineHost:
         self.draining = False
         """Whether new work is refused."""
         self._session: HostSession | None = None
-        self._idle = threading.Condition()
+        self._drained = threading.Event()
         self._server = EngineServer(socket_path, self._open)
 
     def start(self) -> None:
@@ -78,8 +78,8 @@ class EngineHost:
     def drain(self, timeout_s: float) -> bool:
         """Refuse new work and wait for what runs; False if time was up first."""
         self.draining = True
-        with self._idle:
-            return self._idle.wait_for(lambda: self._session is None or self._session.num_open() == 0, timeout_s)
+        self.engine.loop.post(lambda: None)  # so that it comes by even if it is idle already
+        return self._drained.wait(timeout_s)
 
     def stats(self) -> pb.WorkerStats:
         """Counters and gauges of the engine and of the present epoch's transfers."""
@@ -98,8 +98,8 @@ class EngineHost:
         )
 
     def _on_idle(self) -> None:
-        with self._idle:
-            self._idle.notify_all()
+        if self.draining and (self._session is None or self._session.num_open() == 0):
+            self._drained.set()
 
     def _open(self, send: Send) -> HostSession:
         self._session = HostSession(self, send)

@@ -18,6 +18,7 @@ import queue
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 MAX_SOCKET_PATH = 100
 SEND_TIMEOUT_S = 10.0
+"""How long a front may take to read an engine's last words."""
+STOP_TIMEOUT_S = 30.0
 
 
 class EngineGoneError(EngineError):
@@ -66,6 +69,8 @@ class EngineServer:
         self._open_session = open_session
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._current: socket.socket | None = None
+        self._threads: list[threading.Thread] = []
+        """Accepts; and the session's, once there is one."""
         self._lock = threading.Lock()
         self._stopping = False
 
@@ -80,10 +85,11 @@ class EngineServer:
         self._listener.bind(self._path)
         os.chmod(self._path, 0o600)
         self._listener.listen(4)
-        threading.Thread(target=self._accept, name="ipc-accept", daemon=True).start()
+        self._threads = [threading.Thread(target=self._accept, name="ipc-accept", daemon=True)]
+        self._threads[0].start()
 
-    def stop(self) -> None:
-        """Close the listener and the connection; the session is closed by its thread."""
+    def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
+        """Listen no more, close the session, and write out what it has said; EngineError if that takes too long."""
         with self._lock:
             self._stopping = True
             current = self._current
@@ -91,10 +97,14 @@ class EngineServer:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         if current is not None:
-            _hang_up(current)
+            _hang_up(current, socket.SHUT_RD)
+        deadline = time.monotonic() + timeout_s
+        for thread in self._threads:  # the first may still add the second
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if any(thread.is_alive() for thread in self._threads):
+            raise EngineError(f"the front's session did not end within {timeout_s} s")
 
     def _accept(self) -> None:
-        previous: threading.Thread | None = None
         while True:
             try:
                 connection, _ = self._listener.accept()
@@ -107,10 +117,11 @@ class EngineServer:
                 old, self._current = self._current, connection
             if old is not None:
                 _hang_up(old)
-            if previous is not None:
+            for previous in self._threads[1:]:
                 previous.join()
-            previous = threading.Thread(target=self._serve, args=(connection,), name="ipc-session", daemon=True)
-            previous.start()
+            session = threading.Thread(target=self._serve, args=(connection,), name="ipc-session", daemon=True)
+            self._threads[1:] = [session]
+            session.start()
 
     def _serve(self, connection: socket.socket) -> None:
         outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -123,16 +134,19 @@ class EngineServer:
         except OSError as error:
             log.warning("the front process is gone: %s", error)
         finally:
-            session.close()
-            outbox.put(None)
-            _hang_up(connection)
-            writer.join()
-            connection.close()
+            try:
+                session.close()
+            finally:
+                outbox.put(None)
+                writer.join(SEND_TIMEOUT_S)
+                _hang_up(connection)
+                writer.join()
+                connection.close()
 
 
-def _hang_up(connection: socket.socket) -> None:
+def _hang_up(connection: socket.socket, how: int = socket.SHUT_RDWR) -> None:
     with contextlib.suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
+        connection.shutdown(how)
 
 
 def _write_all(connection: socket.socket, outbox: queue.SimpleQueue[bytes | None]) -> None:

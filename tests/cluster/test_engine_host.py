@@ -6,6 +6,8 @@ import threading
 from protos import worker_pb2 as pb
 from tests.session_pair import Peer, make_request, reserve
 
+ABORT = pb.AbortRequest(request_id="a")
+
 
 def test_statistics_may_be_read_while_reservations_come_and_go(tiny_llama, tmp_path):
     stop, failures = threading.Event(), []
@@ -35,3 +37,21 @@ def test_statistics_may_be_read_while_reservations_come_and_go(tiny_llama, tmp_p
     finally:
         sys.setswitchinterval(interval)
     assert not failures
+
+
+def test_a_drain_ends_when_the_last_request_does(tiny_llama, tmp_path):
+    with Peer("d", tiny_llama, tmp_path) as peer:
+        reserve(peer, make_request("a", [5] * 20, max_tokens=40), local_prefill=True)
+        assert peer.host.drain(30.0)
+        assert peer.session.num_open() == 0
+        assert len(peer.stream("a")) == 40
+        refused = reserve(peer, make_request("b", [5] * 20))
+        assert refused.error.message == "this worker is draining"
+
+
+def test_a_drain_that_takes_too_long_says_so(tiny_llama, tmp_path):
+    with Peer("d", tiny_llama, tmp_path) as peer:
+        reserve(peer, make_request("a", [5] * 20))
+        assert not peer.host.drain(0.1)
+        peer.call(pb.EngineCommand(abort_decode=ABORT))
+        assert peer.host.drain(10.0)

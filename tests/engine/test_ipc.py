@@ -150,7 +150,7 @@ def test_socket_paths_stay_short(tmp_path):
 
 
 def test_a_link_outlives_an_event_that_nobody_can_take(served):
-    path, _, log = served
+    path, _, _ = served
     epochs = iter([1, 2])
     failures = [RuntimeError("the first step is too much")]
 
@@ -172,3 +172,30 @@ def test_a_link_outlives_an_event_that_nobody_can_take(served):
 
     asyncio.run(main())
     assert not failures
+
+
+def test_a_server_that_stops_writes_out_what_its_session_said(tmp_path):
+    said = threading.Event()
+
+    class Talker(EchoSession):
+        def handle(self, command: pb.EngineCommand) -> None:
+            for step in range(3000):
+                outputs = [pb.RouterOutputs(router_id="r" * 200)]
+                self.send(pb.EngineEvent(step=pb.StepEvent(outputs=outputs, stats=pb.WorkerStats(steps=step))))
+            said.set()
+
+    server = EngineServer(str(tmp_path / "e.sock"), lambda send: Talker(send, []))
+    server.start()
+    heard = []
+
+    async def main():
+        client = EngineClient(heard.append)
+        await client.connect(str(tmp_path / "e.sock"))
+        client.send(pb.EngineCommand(check=pb.CheckIntegrity()))
+        await asyncio.to_thread(said.wait, 5.0)
+        await asyncio.to_thread(server.stop)
+        await asyncio.wait_for(client.closed.wait(), 5.0)
+        await client.close()
+
+    asyncio.run(main())
+    assert [step.stats.steps for step in heard] == list(range(3000))
