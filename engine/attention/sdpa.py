@@ -89,7 +89,7 @@ class SdpaAttention:
     def _one_token(self, q: torch.Tensor, keys_values: torch.Tensor) -> torch.Tensor:
         """q [num_heads, head_dim], keys_values [2, num_kv_heads, context, head_dim] -> [1, num_heads * head_dim]."""
         rows = q.view(1, self._cache.num_kv_heads, self._groups, q.shape[-1])
-        return functional.scaled_dot_product_attention(rows, keys_values[:1], keys_values[1:]).view(1, -1)
+        return functional.scaled_dot_product_attention(rows, keys_values[:1], keys_values[1:]).reshape(1, -1)
 
     def _tiles(self, q: torch.Tensor, keys_values: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
         """q [n, num_heads, head_dim] -> tile after tile, [up to TILE, num_heads * head_dim] each."""
