@@ -59,7 +59,7 @@ class EngineHost:
         """Whether new work is refused."""
         self._session: HostSession | None = None
         self._drained = threading.Event()
-        self._server = EngineServer(socket_path, self._open)
+        self._server = EngineServer(socket_path, self.open_session)
 
     def start(self) -> None:
         """Warm the kernels, start the loop, listen for a front."""
@@ -101,7 +101,8 @@ class EngineHost:
         if self.draining and (self._session is None or self._session.num_open() == 0):
             self._drained.set()
 
-    def _open(self, send: Send) -> HostSession:
+    def open_session(self, send: Send) -> HostSession:
+        """A front has connected; the session before must be closed."""
         self._session = HostSession(self, send)
         return self._session
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from cluster.engine_host import EngineHost, HostSession
+from cluster.engine_host import EngineHost
 from decode_pool.config import DecodeOptions
 from engine import wire
 from engine.api import GenerateRequest, SamplingParams
@@ -51,7 +51,7 @@ class Peer:
         self._replies: dict[int, queue.Queue[pb.EngineReply]] = {}
         self._ids = itertools.count(1)
         self.host.start()
-        self.session = HostSession(self.host, self._take)
+        self.session = self.host.open_session(self._take)
         self.description = self.call(
             pb.EngineCommand(start=pb.StartEngine(identity=pb.WorkerIdentity(worker_id=name, epoch=1)))
         ).description
