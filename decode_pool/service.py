@@ -145,7 +145,8 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
     async def _next_event(self, router: _Attached) -> pb.AttachEvent | None:
         """The next step's tokens, or the stats when there are none for a while; None at the end."""
         try:
-            return await asyncio.wait_for(router.queue.get(), STATS_PERIOD_S)
+            async with asyncio.timeout(STATS_PERIOD_S):
+                return await router.queue.get()
         except TimeoutError:
             return pb.AttachEvent(stats=self._link.stats, draining=self.draining)
 
@@ -154,7 +155,8 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         renew = pb.EngineCommand(renew=pb.RenewLeases(router_id=router.router_id))
         with contextlib.suppress(TimeoutError, StopAsyncIteration, grpc.aio.AioRpcError):
             while True:
-                await asyncio.wait_for(anext(requests), ROUTER_SILENCE_S)
+                async with asyncio.timeout(ROUTER_SILENCE_S):
+                    await anext(requests)
                 self._link.send(renew)
         self._detach(router)
 

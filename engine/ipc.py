@@ -185,7 +185,8 @@ class EngineClient:
         self._calls[command.call_id] = future
         try:
             self.send(command)
-            return await asyncio.wait_for(future, timeout_s)
+            async with asyncio.timeout(timeout_s):  # not wait_for, which may swallow a cancellation
+                return await future
         except TimeoutError as error:
             name = command.WhichOneof("command")
             raise EngineGoneError(f"the engine process did not answer `{name}` within {timeout_s} s") from error
@@ -202,8 +203,7 @@ class EngineClient:
         """Hang up."""
         if self._reader_task is not None:
             self._reader_task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._reader_task
+            await asyncio.gather(self._reader_task, return_exceptions=True)
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         try:

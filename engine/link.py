@@ -78,8 +78,7 @@ class EngineLink:
         self.state = LinkState.CLOSED
         if self._task is not None:
             self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.gather(self._task, return_exceptions=True)
 
     async def restart(self) -> None:
         """Give up this epoch and start another with the same engine."""
@@ -135,7 +134,8 @@ class EngineLink:
             reply = await client.call(pb.EngineCommand(renew=pb.RenewLeases()), PING_TIMEOUT_S)
             await self._tell(reply.stats)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(client.closed.wait(), PING_PERIOD_S)
+                async with asyncio.timeout(PING_PERIOD_S):
+                    await client.closed.wait()
 
     async def _tell(self, stats: pb.WorkerStats) -> None:
         async with self.news:

@@ -199,3 +199,42 @@ def test_a_server_that_stops_writes_out_what_its_session_said(tmp_path):
 
     asyncio.run(main())
     assert [step.stats.steps for step in heard] == list(range(3000))
+
+
+def test_a_link_closes_whatever_it_is_waiting_for(served):
+    path, _, _ = served
+
+    async def main():
+        for num_turns in range(40):
+            link = EngineLink(socket_path=path, worker_id="w", next_epoch=next_epoch, on_step=lambda step: None)
+            link.open()
+            await asyncio.wait_for(link.started.wait(), 5.0)
+            for _ in range(num_turns % 8):
+                await asyncio.sleep(0)
+            await asyncio.wait_for(link.close(), 5.0)
+
+    async def next_epoch():
+        return 1
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_call_stays_cancelled_though_its_answer_has_just_come(served):
+    path, _, _ = served
+    cancelled = []
+
+    def on_step(step):  # EchoSession sends it right behind the answer
+        for task in calls:
+            cancelled.append(task.cancel())
+
+    async def main():
+        client = EngineClient(on_step)
+        await client.connect(path)
+        calls.append(asyncio.create_task(client.call(pb.EngineCommand(renew=pb.RenewLeases()), 5.0)))
+        await asyncio.wait(calls, timeout=5.0)
+        await client.close()
+
+    calls: list[asyncio.Task] = []
+    asyncio.run(main())
+    assert cancelled == [True]
+    assert calls[0].cancelled()
