@@ -9,6 +9,9 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
+CANCEL_AGAIN_S = 0.5
+CANCEL_BOUND_S = 10.0
+
 
 class Background:
     """Holds on to running tasks until they end, and logs the ones that fail."""
@@ -38,11 +41,18 @@ class Background:
             await asyncio.wait(late, timeout=timeout_s)
 
     async def cancel(self) -> None:
-        """Cancel all tasks and wait for their end."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        """Cancel all tasks and wait for their end.
+
+        Again and again, within a bound: a cancellation that meets a time-out inside a client library can get lost.
+        """
+        loop = asyncio.get_running_loop()
+        until = loop.time() + CANCEL_BOUND_S
+        while self._tasks and loop.time() < until:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(set(self._tasks), timeout=CANCEL_AGAIN_S)
+        for task in self._tasks:
+            logger.error("background task %s did not end within %.0f s", task.get_name(), CANCEL_BOUND_S)
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)

@@ -27,3 +27,21 @@ def test_background_logs_failures_and_settles(caplog: pytest.LogCaptureFixture) 
         assert "a failing task" in caplog.text
 
     run(scenario())
+
+
+def test_a_task_that_loses_its_first_cancellation_is_cancelled_again() -> None:
+    async def forgetful() -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            await asyncio.Event().wait()
+
+    async def scenario() -> None:
+        background = Background()
+        task = background.spawn(forgetful(), "forgetful")
+        await asyncio.sleep(0)
+        await background.cancel()
+        assert task.cancelled()
+        assert not len(background)
+
+    run(scenario())
