@@ -179,7 +179,7 @@ class HostSession:
             secret=host.secret,
         )
         node.start()
-        self._prefill = PrefillWorker(self._engine, node)
+        self._prefill = PrefillWorker(self._engine, node, emit=self._emit)
         self._decode = DecodeWorker(
             self._engine,
             node,

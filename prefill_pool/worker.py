@@ -3,8 +3,10 @@
     QUEUED --first step--> COMPUTING --first token--> SENDING --ticket settled--> (gone)
        '--------abort---------'---------abort-----------'----> ENDING --ticket settled--> (gone)
 
-A task holds its sequence's blocks until its send job has settled, whatever ended it, because the
-transfer reads from them until then. The engine loop's thread calls everything here.
+A transfer that fails is the prefill's answer; once the first token has been the answer, the failure goes
+to the router's stream as an output. A task holds its sequence's blocks until its send job has settled,
+whatever ended it, because the transfer reads from them until then. The engine loop's thread calls
+everything here.
 """
 
 from __future__ import annotations
@@ -22,11 +24,13 @@ from engine.engine import Engine
 from engine.errors import CapacityError, EngineError, InvalidRequestError
 from engine.sequence import Sequence
 from kv_transfer.node import TransferNode
-from kv_transfer.ticket import KVTicket, SendResult
+from kv_transfer.ticket import KVTicket, SendResult, TicketState
 from prefill_pool.kv_push import KVPush
 from protos import worker_pb2 as pb
 
 Answer = Callable[[pb.PrefillReply | Exception], None]
+Emit = Callable[[str, pb.TokenOutput], None]
+"""emit(router_id, output): says something to a router beside the answers."""
 Key = tuple[str, int]
 
 
@@ -55,9 +59,10 @@ class PrefillTask:
 class PrefillWorker:
     """Computes prompts for other workers."""
 
-    def __init__(self, engine: Engine, node: TransferNode) -> None:
+    def __init__(self, engine: Engine, node: TransferNode, *, emit: Emit) -> None:
         self._engine = engine
         self._node = node
+        self._emit = emit
         self._tasks: dict[Key, PrefillTask] = {}
 
     def prefill(self, message: pb.PrefillRequest, answer: Answer) -> None:
@@ -157,10 +162,24 @@ class PrefillWorker:
         task.state = TaskState.ENDING
         task.push.abort(reason)
 
+    def _report_failure(self, sequence: Sequence, reason: str) -> None:
+        """The router has the first token, but the decode worker may never hear of it."""
+        failure = pb.TokenOutput(
+            request_id=sequence.request.request_id,
+            attempt=sequence.request.attempt,
+            offset=sequence.num_generated_tokens,
+            finish=pb.ENGINE_FINISH_FAILED,
+            reason=reason,
+        )
+        self._emit(sequence.owner, failure)
+
     def _settled(self, key: Key, result: SendResult) -> None:
         """The transfer reads no more: the blocks go back."""
         task = self._tasks[key]
+        reason = f"the transfer ended {result.state.name}: {result.reason}"
         if task.state is TaskState.COMPUTING:
-            self._end(task, f"the transfer ended {result.state.name}: {result.reason}")
+            self._end(task, reason)
+        elif task.state is TaskState.SENDING and result.state is not TicketState.DELIVERED:
+            self._report_failure(task.sequence, reason)
         del self._tasks[key]
         self._engine.scheduler.release(task.sequence)

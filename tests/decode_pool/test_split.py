@@ -1,6 +1,7 @@
 """Prefill on one engine, decode on another: the same tokens as one engine alone, and no block lost."""
 
 import random
+import socket
 import time
 from dataclasses import replace
 
@@ -106,6 +107,21 @@ def test_abort_frees_both_sides(clean_pair, phase):
     prefill.call(pb.EngineCommand(abort_prefill=abort))
     if phase == "prefilling":
         assert replies.get(timeout=60).WhichOneof("result") in ("error", "prefill")
+
+
+def test_kv_that_cannot_leave_behind_the_first_token_fails_the_attempt(clean_pair):
+    prefill, decode = clean_pair
+    request = make_request("nowhere", prompt_of(20, seed=8))
+    ticket = reserve(decode, request).reserve.ticket
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        ticket.control_addresses[0] = f"127.0.0.1:{nobody.getsockname()[1]}"
+        reply = start_prefill(prefill, request, ticket).get(timeout=60)
+        assert reply.WhichOneof("result") == "prefill"
+    failure = prefill.outputs.get(timeout=60)
+    assert (failure.request_id, failure.offset, failure.finish) == ("nowhere", 1, pb.ENGINE_FINISH_FAILED)
+    assert "the transfer ended LOST" in failure.reason
+    abort = pb.AbortRequest(request_id="nowhere", attempt=0, reason="test")
+    assert decode.call(pb.EngineCommand(abort_decode=abort)).abort.found
 
 
 def test_a_lost_router_ends_all_it_asked_for(clean_pair):
