@@ -260,6 +260,8 @@ class HostSession:
         elif kind == "router_gone":
             prefill.router_gone(command.router_gone.router_id)
             decode.router_gone(command.router_gone.router_id)
+        elif kind == "drain":  # the front takes nothing new: all it ever asked for is counted here
+            self._reply(call_id, pb.EngineReply(stats=self.stats()))
         elif kind == "check":
             self._answer(call_id, self._check)
 

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import grpc
 
 from decode_pool.service import DecodeService
+from engine.ipc import EngineGoneError
 from engine.link import EngineLink, LinkState
 from prefill_pool.service import PrefillService
 from protos import worker_pb2 as pb
@@ -106,8 +107,11 @@ class WorkerFront:
         self.state = FrontState.DRAINING
         self._prefill.draining = self._decode.draining = True
         try:
-            async with asyncio.timeout(timeout_s), self.link.news:
-                await self.link.news.wait_for(lambda: num_open(self.link.stats) == 0)
+            async with asyncio.timeout(timeout_s):
+                with contextlib.suppress(EngineGoneError):  # then nothing runs any more, or time is up
+                    await self.link.catch_up(timeout_s)
+                async with self.link.news:
+                    await self.link.news.wait_for(lambda: num_open(self.link.stats) == 0)
         except TimeoutError:
             log.warning("drain: %d requests are left after %.1f s", num_open(self.link.stats), timeout_s)
             return False

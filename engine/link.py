@@ -89,6 +89,11 @@ class EngineLink:
         """Ask the engine; EngineGoneError if there is none or it does not answer in time."""
         return await self._started_client().call(command, timeout_s)
 
+    async def catch_up(self, timeout_s: float) -> None:
+        """Have `stats` count everything asked before; EngineGoneError as for `call`."""
+        reply = await self.call(pb.EngineCommand(drain=pb.DrainEngine()), timeout_s)
+        await self._tell(reply.stats)
+
     def send(self, command: pb.EngineCommand) -> None:
         """Tell the engine something; lost if the engine is gone, with everything it was about."""
         with contextlib.suppress(EngineGoneError):

@@ -108,3 +108,16 @@ def test_a_router_over_its_cap_is_detached_at_once(tiny_llama, tmp_path, monkeyp
         assert not worker.host.engine.scheduler.sequences()
 
     run(tiny_llama, tmp_path, scenario)
+
+
+def test_a_drain_sees_what_was_asked_for_a_moment_ago(tiny_llama, tmp_path):
+    async def scenario(worker: MiniWorker, stub: Stub) -> None:
+        call = await attach(stub)
+        await reserve(worker, stub, "last")
+        assert not await worker.front.drain(0.3)
+        with pytest.raises(grpc.aio.AioRpcError, match="this worker is draining"):
+            await reserve(worker, stub, "late")
+        call.cancel()
+        assert await worker.front.drain(10.0)
+
+    run(tiny_llama, tmp_path, scenario)
