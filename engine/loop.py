@@ -81,14 +81,16 @@ class EngineLoop:
 
     def step(self) -> bool:
         """Schedule, run, update: one step. False if there was nothing to compute."""
-        plan = self.scheduler.schedule()
-        if plan is None:
-            return False
+        num_tokens = 0
         try:
+            plan = self.scheduler.schedule()
+            if plan is None:
+                return False
+            num_tokens = plan.num_tokens
             on_layer = self.step_hook(plan) if self.step_hook is not None else None
             emitted = self.scheduler.update(plan, self._runner.run(plan, on_layer))
         except Exception as error:
-            log.exception("a step of %d tokens failed", plan.num_tokens)
+            log.exception("a step of %d tokens failed", num_tokens)
             emitted = self.scheduler.fail_all(f"a step failed: {error}")
         if emitted and self.on_step is not None:
             try:
