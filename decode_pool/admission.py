@@ -32,21 +32,17 @@ def check_room(room: Room, candidate: Sequence, num_new_blocks: int, admitted: I
         raise CapacityError(f"{room.num_admitted} requests are running here, the limit is {room.max_admitted}")
     if room.num_admitted == 0 and num_new_blocks <= room.free_blocks:
         return
-    growth = sum(growth_blocks(room, sequence) for sequence in admitted)
-    needed = num_new_blocks + growth_blocks(room, candidate)
+    growth = sum(growth_blocks(room, sequence, len(sequence.block_ids)) for sequence in admitted)
+    needed = num_new_blocks + growth_blocks(room, candidate, len(candidate.block_ids) + num_new_blocks)
     if needed > room.free_blocks - growth:
         raise CapacityError(
             f"{needed} KV blocks needed, {room.free_blocks} are free and {growth} of them promised to running requests"
         )
 
 
-def growth_blocks(room: Room, sequence: Sequence) -> int:
-    """Blocks a sequence is still expected to take beyond its known tokens."""
+def growth_blocks(room: Room, sequence: Sequence, num_held_blocks: int) -> int:
+    """Blocks a sequence is still expected to take beyond those it holds; a preempted one needs them all again."""
     params = sequence.request.params
     answer = min(params.max_tokens, max(room.predicted_answer_tokens, sequence.num_generated_tokens))
     final = sequence.num_prompt_tokens + answer
-    return max(0, _blocks(final, room.block_size) - _blocks(sequence.num_tokens, room.block_size))
-
-
-def _blocks(num_tokens: int, block_size: int) -> int:
-    return -(-num_tokens // block_size)
+    return max(0, -(-final // room.block_size) - num_held_blocks)
