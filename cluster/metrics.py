@@ -1,26 +1,34 @@
 """Prometheus metrics, pulled: lower floors keep plain stats, and a collector here reads them when asked.
 
 A `StatsCollector` turns a dataclass (or mapping) of numbers into `pdserve_<subsystem>_<field>`: a field is a
-counter where its owner says so, a gauge otherwise. `Latency` is a histogram for what only a moment can tell.
+counter where its owner says so, a gauge otherwise. A field that is itself a mapping of numbers is one family with
+a label, and one with the fields of `router.stats.Histogram` is a histogram. `Latency` is a histogram for what only
+a moment can tell.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Histogram, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 PREFIX = "pdserve"
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0)
 
+KEY_LABEL = "kind"
+_HISTOGRAM_FIELDS = {"bounds", "counts", "total"}
+
 Stats = object
 """A dataclass instance, or a mapping of names to numbers."""
+Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 
 
 class StatsCollector(Collector):
@@ -33,42 +41,55 @@ class StatsCollector(Collector):
         *,
         counters: Iterable[str] = (),
         labels: Mapping[str, str] | None = None,
+        key_labels: Mapping[str, str] | None = None,
     ) -> None:
         self._subsystem = subsystem
         self._read = read
         self._counters = frozenset(counters)
         self._labels = dict(labels or {})
+        self._key_labels = dict(key_labels or {})
 
-    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
-        """One family per number; what is no number is left out."""
-        for field, value in _numbers(self._read()):
-            name = f"{PREFIX}_{self._subsystem}_{field}"
-            help_text = f"{field.replace('_', ' ')} of the {self._subsystem}"
-            family: CounterMetricFamily | GaugeMetricFamily
-            if field in self._counters:
-                family = CounterMetricFamily(name, help_text, labels=list(self._labels))
-            else:
-                family = GaugeMetricFamily(name, help_text, labels=list(self._labels))
-            family.add_metric(list(self._labels.values()), value)
-            yield family
+    def collect(self) -> Iterator[Family]:
+        """One family per field; what has no number is left out. `key_labels` names the label of a mapping's keys."""
+        for field, value in _fields(self._read()):
+            if isinstance(value, int | float):
+                yield self._plain(field, [], [((), float(value))])
+            elif isinstance(value, Mapping) and value.keys() >= _HISTOGRAM_FIELDS:
+                yield self._histogram(field, value)
+            elif isinstance(value, Mapping):
+                samples = [((str(key),), float(each)) for key, each in value.items() if isinstance(each, int | float)]
+                yield self._plain(field, [self._key_labels.get(field, KEY_LABEL)], samples)
 
-    def describe(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+    def _plain(
+        self, field: str, names: list[str], samples: Sequence[tuple[tuple[str, ...], float]]
+    ) -> CounterMetricFamily | GaugeMetricFamily:
+        kind = CounterMetricFamily if field in self._counters else GaugeMetricFamily
+        name = f"{PREFIX}_{self._subsystem}_{field}"
+        family = kind(name, f"{field.replace('_', ' ')} of the {self._subsystem}", labels=[*self._labels, *names])
+        for values, number in samples:
+            family.add_metric([*self._labels.values(), *values], number)
+        return family
+
+    def _histogram(self, field: str, value: Mapping[str, Any]) -> HistogramMetricFamily:
+        name = f"{field.removesuffix('_s')}_seconds" if field.endswith("_s") else field
+        help_text = f"{name.replace('_', ' ')} of the {self._subsystem}"
+        family = HistogramMetricFamily(f"{PREFIX}_{self._subsystem}_{name}", help_text, labels=list(self._labels))
+        bounds = [*(f"{bound:g}" for bound in value["bounds"]), "+Inf"]
+        buckets = list(zip(bounds, itertools.accumulate(value["counts"]), strict=True))
+        family.add_metric(list(self._labels.values()), buckets, value["total"])
+        return family
+
+    def describe(self) -> Iterator[Family]:
         """Nothing is asked of the stats before the first scrape."""
         return iter(())
 
 
-def _numbers(stats: Stats) -> Iterator[tuple[str, float]]:
+def _fields(stats: Stats) -> Iterable[tuple[str, Any]]:
     if isinstance(stats, Mapping):
-        items = list(stats.items())
-    elif dataclasses.is_dataclass(stats) and not isinstance(stats, type):
-        items = [(field.name, getattr(stats, field.name)) for field in dataclasses.fields(stats)]
-    else:
-        raise TypeError(f"stats must be a dataclass or a mapping, got {type(stats).__name__}")
-    for name, value in items:
-        if isinstance(value, int | float):
-            yield name, float(value)
-        elif isinstance(value, Mapping):
-            yield from _numbers(value)
+        return stats.items()
+    if dataclasses.is_dataclass(stats) and not isinstance(stats, type):
+        return dataclasses.asdict(stats).items()
+    raise TypeError(f"stats must be a dataclass or a mapping, got {type(stats).__name__}")
 
 
 class Latency:

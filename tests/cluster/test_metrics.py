@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import socket
 import urllib.request
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.metrics import Latency, StatsCollector, serve
+from router.stats import RouterStats
 
 
 @dataclass
@@ -18,6 +19,7 @@ class Stats:
     free_blocks: int = 7
     name: str = "no number"
     extra: dict[str, float] = field(default_factory=lambda: {"hidden_share": 0.5})
+    nothing: dict[str, float] = field(default_factory=dict)
 
 
 def scrape(address: str) -> dict[str, float]:
@@ -36,9 +38,33 @@ def test_numbers_are_read_at_each_scrape() -> None:
     finally:
         server.close()
     assert first["pdserve_engine_steps_total"] == 3
-    assert first["pdserve_engine_hidden_share"] == 0.5
+    assert first["pdserve_engine_extra"] == 0.5
     assert (first["pdserve_engine_free_blocks"], second["pdserve_engine_free_blocks"]) == (7, 6)
     assert not any("name" in name for name in first)
+
+
+def test_the_routers_stats_are_families_with_names_of_their_own() -> None:
+    stats = RouterStats(outcomes={"eos": 3, "stop": 1}, workers={"ready": 2})
+    for histogram, seconds in ((stats.ttft_s, 0.02), (stats.ttft_s, 70.0), (stats.itl_s, 0.5)):
+        histogram.observe(seconds)
+    collector = StatsCollector("router", lambda: asdict(stats), counters=["outcomes"], key_labels={"workers": "state"})
+    server = serve([collector])
+    try:
+        with urllib.request.urlopen(f"http://{server.address}/metrics", timeout=5.0) as answer:
+            text = answer.read().decode()
+    finally:
+        server.close()
+    families = list(text_string_to_metric_families(text))
+    names = [family.name for family in families]
+    assert len(names) == len(set(names)), "a family that comes twice is refused by Prometheus"
+    samples = {(each.name, *each.labels.values()): each.value for family in families for each in family.samples}
+    assert samples["pdserve_router_outcomes_total", "eos"] == 3
+    assert samples["pdserve_router_workers", "ready"] == 2
+    assert samples["pdserve_router_ttft_seconds_bucket", "0.01"] == 0
+    assert samples["pdserve_router_ttft_seconds_bucket", "60"] == 1
+    assert samples["pdserve_router_ttft_seconds_bucket", "+Inf"] == samples["pdserve_router_ttft_seconds_count",] == 2
+    assert samples["pdserve_router_ttft_seconds_sum",] == pytest.approx(70.02)
+    assert samples["pdserve_router_itl_seconds_count",] == 1
 
 
 def test_labels_and_latency() -> None:
