@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -23,6 +24,8 @@ from cluster.controller import CONTROLLER, Deployment, create_controller
 from cluster.orders import DeployOrder
 
 CALL_TIMEOUT_S = 60.0
+_RAISED = re.compile(r"^(?:\w+\.)*(\w*(?:Error|Exception|Exit|Interrupt): )")
+"""The line of a traceback that names the exception; frames are indented."""
 
 
 class Driver:
@@ -71,14 +74,23 @@ class Driver:
 
 
 def explain(error: Exception) -> str:
-    """The cause of a Ray error, in one line where it has one."""
+    """The cause of a Ray error in one line; its traceback is in the log of the process that raised it."""
     if isinstance(error, RayTaskError) and error.cause is not None:
-        inner = error.cause
-        return explain(inner) if isinstance(inner, RayTaskError) else f"{type(inner).__name__}: {inner}"
+        return explain(error.cause)
     if isinstance(error, RayActorError):
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return lines[-1] if lines else repr(error)
+        return _cause_of_death(str(error))
     return f"{type(error).__name__}: {error}"
+
+
+def _cause_of_death(text: str) -> str:
+    """What an actor's constructor raised: Ray tells it as the end of a traceback, which may have several lines."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        return "an actor died, and Ray does not say why"
+    raised = [number for number, line in enumerate(lines) if _RAISED.match(line)]
+    if not raised:
+        return lines[-1].strip()
+    return "\n".join([_RAISED.sub(r"\1", lines[raised[-1]]), *lines[raised[-1] + 1 :]])
 
 
 def main() -> int:

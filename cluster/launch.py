@@ -28,6 +28,7 @@ from cluster.run_dir import AlreadyRunningError, ProcessRef, RunDir, session_mem
 from cluster.valkey import free_port
 from engine.errors import ModelError
 from engine.model_source import DEMO_NAME, resolve
+from engine.models.config import ModelConfig
 
 STOP_MARGIN_S = 45.0
 """What a stop may take beyond its drain: the driver, Ray's own grace, the sweep."""
@@ -60,6 +61,7 @@ def check(config: ClusterConfig, run_dir: RunDir) -> ClusterConfig:
         )
     try:
         source = resolve(config.model.path)
+        ModelConfig.load(source)
     except ModelError as error:
         raise LaunchError(str(error)) from error
     ports = [

@@ -36,11 +36,26 @@ def write_config(folder: Path, model_file: Path, **changes: object) -> Path:
     return path
 
 
+def write_header(folder: Path) -> Path:
+    """A directory that looks like a model from outside: the stand-ins never read its weights."""
+    model = folder / "some_model"
+    model.mkdir(exist_ok=True)
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "rms_norm_eps": 1e-6,
+    }
+    header = {"architectures": ["LlamaForCausalLM"], "vocab_size": 8, "max_position_embeddings": 8, **sizes}
+    (model / "config.json").write_text(json.dumps(header))
+    (model / "tokenizer.json").touch()
+    return model
+
+
 @pytest.fixture
 def config_file(tmp_path: Path) -> Path:
-    model = tmp_path / "some.gguf"
-    model.touch()
-    return write_config(tmp_path, model)
+    return write_config(tmp_path, write_header(tmp_path))
 
 
 @pytest.fixture
@@ -140,9 +155,8 @@ def test_leftovers_of_a_killed_supervisor_are_cleaned_up_by_down(run_dir: RunDir
 
 
 def test_an_actor_that_cannot_start_is_told_and_everything_ends(run_dir: RunDir, tmp_path: Path) -> None:
-    (tmp_path / "some.gguf").touch()
-    model = {"path": str(tmp_path / "some.gguf"), "name": "broken"}
-    failed = up(write_config(tmp_path, tmp_path / "some.gguf", model=model))
+    model = {"path": str(write_header(tmp_path)), "name": "broken"}
+    failed = up(write_config(tmp_path, tmp_path, model=model))
     assert failed.exit_code == 1
     assert "the model file is broken" in failed.output
     assert run_dir.read_state() is None
@@ -152,8 +166,12 @@ def test_what_is_wrong_is_found_before_anything_starts(run_dir: RunDir, tmp_path
     missing = up(write_config(tmp_path, tmp_path / "none.gguf"))
     assert missing.exit_code == 1
     assert "there is no model at" in missing.output
-    model = tmp_path / "some.gguf"
-    model.touch()
+    model = write_header(tmp_path)
+    (model / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    unsupported = up(write_config(tmp_path, model))
+    assert unsupported.exit_code == 1
+    assert "the architecture 'GPT2LMHeadModel' is not supported; supported are LlamaForCausalLM" in unsupported.output
+    model = write_header(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         used = up(write_config(tmp_path, model, router={"port": port}))
