@@ -8,10 +8,16 @@ from pathlib import Path
 import click
 
 from cluster.config import ConfigError, json_schema, load_config
+from engine.errors import ModelError
+from engine.model_source import DEMO_NAME, resolve
+from engine.models.config import ModelConfig
 
+_PATH = click.Path(path_type=Path)
 _VALIDATE_EPILOG = """\b
 Example:
   pdserve validate deploy/examples/cpu-demo.yaml
+
+A model that is not on this machine, or cannot be served, is only a warning.
 """
 _SCHEMA_EPILOG = """\b
 Example, with the YAML language server of an editor:
@@ -22,20 +28,33 @@ Example, with the YAML language server of an editor:
 
 
 @click.command(epilog=_VALIDATE_EPILOG)
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
-def validate(files: tuple[Path, ...]) -> None:
+@click.argument("files", nargs=-1, type=_PATH)
+@click.option("-f", "--config", "more", multiple=True, type=_PATH, help="The same as FILES, as `up` takes it.")
+def validate(files: tuple[Path, ...], more: tuple[Path, ...]) -> None:
     """Check YAML files without starting anything."""
+    if not files and not more:
+        raise click.UsageError("name at least one YAML file")
     problems = 0
-    for file in files:
+    for file in (*files, *more):
         try:
-            load_config(file)
+            config = load_config(file)
         except ConfigError as error:
             problems += len(error.problems)
             click.echo(str(error), err=True)
         else:
             click.echo(f"{file}: fine")
+            _warn_of_model(file, config.model.path)
     if problems:
         raise click.exceptions.Exit(1)
+
+
+def _warn_of_model(file: Path, path: str) -> None:
+    """Say what `up` would refuse here; the cluster may be meant for another machine."""
+    try:
+        if path != DEMO_NAME:
+            ModelConfig.load(resolve(path))
+    except (ModelError, OSError) as error:
+        click.echo(f"{file}: on this machine `pdserve up` would fail: {error}", err=True)
 
 
 @click.group()

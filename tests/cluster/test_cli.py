@@ -58,6 +58,15 @@ def test_validate_lists_every_problem_of_every_file(tmp_path: Path) -> None:
     assert CliRunner().invoke(main, ["validate", str(good)]).exit_code == 0
 
 
+def test_validate_warns_of_a_model_that_is_not_here(tmp_path: Path) -> None:
+    file = tmp_path / "far.yaml"
+    file.write_text("model: {path: /nowhere/model}\n")
+    result = CliRunner().invoke(main, ["validate", "-f", str(file)])
+    assert result.exit_code == 0
+    assert f"{file}: fine\n{file}: on this machine `pdserve up` would fail: there is no model at" in result.output
+    assert CliRunner().invoke(main, ["validate"]).exit_code == 2
+
+
 def test_schema_is_json() -> None:
     result = CliRunner().invoke(main, ["config", "schema"])
     assert json.loads(result.output)["required"] == ["model"]
