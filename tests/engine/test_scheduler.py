@@ -174,13 +174,13 @@ requests = st.lists(
 @given(requests, st.integers(10, 20), st.randoms(use_true_random=False))
 def test_any_mixture_ends_with_right_answers_and_free_blocks(shapes, num_blocks, random):
     scheduler, runner = make_scheduler(num_blocks), ToyRunner(num_blocks, 4)
-    prompts, aborted = {}, set()
+    prompts, aborted = {}, []
     for index, (length, answer, group, abort) in enumerate(shapes):
         name = f"r{index}"
         prompts[name] = ([group] * length, answer)
         sequence = add(scheduler, name, prompts[name][0], arrival=float(index), max_tokens=answer)
         if abort:
-            aborted.add(sequence)
+            aborted.append(sequence)
     outputs: dict[str, list[int]] = {}
     for _ in range(3000):
         if aborted and random.random() < 0.2:
@@ -191,7 +191,7 @@ def test_any_mixture_ends_with_right_answers_and_free_blocks(shapes, num_blocks,
         for sequence, output in scheduler.update(plan, runner.run(plan)):
             outputs.setdefault(sequence.request.request_id, []).extend(output.token_ids)
             if output.finish_reason is not None:
-                aborted.discard(sequence)
+                aborted = [item for item in aborted if item is not sequence]
     assert not scheduler.sequences()
     assert scheduler.pool.num_free == num_blocks
     for name, tokens in outputs.items():
