@@ -67,10 +67,6 @@ class BlockPool:
             found.append(block)
         return found
 
-    def num_held_of(self, blocks: Iterable[int]) -> int:
-        """How many of these are held already, so that acquiring them costs no free block."""
-        return sum(1 for block in blocks if self._references[block] > 0)
-
     def acquire(self, blocks: Iterable[int]) -> None:
         """Hold blocks that `find` returned."""
         for block in blocks:

@@ -69,6 +69,7 @@ class Attempt:
         self._first: worker_pb2.TokenOutput | None = None
         self._loads = contextlib.ExitStack()
         self._prefill_load = self._loads.enter_context(contextlib.ExitStack())
+        self._sending = self._loads.enter_context(contextlib.ExitStack())
         self._prefilling: asyncio.Task[None] | None = None
         self._ticket: worker_pb2.KVTicket | None = None
 
@@ -137,7 +138,7 @@ class Attempt:
         self._loads.enter_context(self._decode.info.decoding())
         if self._prefill is not None:
             self._prefill.register(self._inbox)
-            self._prefill_load.callback(self._prefill.unregister, self._inbox)
+            self._sending.callback(self._prefill.unregister, self._inbox)
             self._prefill_load.enter_context(self._prefill.info.prefilling(self._job.num_tokens))
 
     def _abort(self, link: WorkerLink, reason: str, *, decode: bool) -> None:
@@ -161,6 +162,7 @@ class Attempt:
     def _absorb(self, event: Event) -> None:
         if isinstance(event, worker_pb2.TokenOutput):
             self._held.append(event)
+            self._sending.close()  # it decodes: the KV is home, and the decode worker alone can fail this attempt
         elif isinstance(event, worker_pb2.PrefillReply):
             self._first_token(event)
         elif self._failure is None:
@@ -169,7 +171,7 @@ class Attempt:
     def _first_token(self, reply: worker_pb2.PrefillReply) -> None:
         self.state = AttemptState.DECODING
         self._job.awaited = f"tokens of worker {self._decode.info.label}"
-        self._prefill_load.close()  # from here on the decode worker alone can fail this attempt
+        self._prefill_load.close()
         self._first = reply.first
         self._job.timeline.prefilled(reply.prefill_s)
         if not self._resumed:

@@ -66,9 +66,10 @@ class MiniCluster:
 
     async def __aenter__(self) -> MiniCluster:
         shape = self.shape
-        roles = ["decode"] * shape.num_decode + ([] if shape.colocated else ["prefill"] * shape.num_prefill)
-        for index, role in enumerate(roles):
-            await self.add_worker(f"{role}-{index}", "both" if shape.colocated else role)
+        for index in range(shape.num_decode):
+            await self.add_worker(f"decode-{index}", "both" if shape.colocated else "decode")
+        for index in range(0 if shape.colocated else shape.num_prefill):
+            await self.add_worker(f"prefill-{index}", "prefill")
         self.router = RouterApp(
             config=replace(shape.router),
             model=shape.model,
