@@ -31,6 +31,7 @@ __all__ = [
     "from_plain",
     "json_schema",
     "load_config",
+    "public_url",
     "to_plain",
 ]
 
@@ -71,19 +72,24 @@ class PoolConfig(EngineOptions):
             raise ValueError(f"num_gpus must be a fraction of one GPU or a whole number, got {self.num_gpus}")
 
 
+def public_url(url: str) -> str:
+    """A URL without its user and password."""
+    return re.sub(r"//.*@", "//***@", url)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RedisConfig:
     """The registry: which workers live, who serves which request. Also holds Ray's state."""
 
     url: str | None = None
-    """A Redis or Valkey to use, redis://[user:password@]host:port[/db]; default: an embedded Valkey is started."""
+    """A Redis or Valkey to use, redis://[user:password@]host:port[/db]; default: an embedded Valkey is started.
+    Each cluster needs a database (db) of its own; Ray's state is always in database 0."""
     port: int = 0
     """TCP port of the embedded Valkey, on loopback; 0: any free one."""
 
     def __post_init__(self) -> None:
         if self.url is not None and not re.match(r"rediss?://[^/]", self.url):
-            shown = re.sub(r"//[^@]*@", "//***@", self.url)
-            raise ValueError(f"url must look like redis://host:port, got {shown!r}")
+            raise ValueError(f"url must look like redis://host:port, got {public_url(self.url)!r}")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port must be between 0 and 65535, got {self.port}")
 

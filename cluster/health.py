@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.config import ClusterConfig, from_plain
+from cluster.config import ClusterConfig, from_plain, public_url
 from cluster.metrics import PREFIX
 from cluster.placement import wanted_workers
 from cluster.run_dir import RunDir, RunState
@@ -96,7 +96,8 @@ async def _gather(run_dir: RunDir, state: RunState, config: ClusterConfig) -> Re
         run_dir=str(run_dir.path),
         mode=config.mode,
         supervisor=f"pid {state.supervisor.pid}" if alive else "down",
-        valkey=("answers" if records is not None else "silent" if valkey_up else "down") + f", {state.redis_url}",
+        valkey=("answers" if records is not None else "silent" if valkey_up else "down")
+        + f", {state.redis_url or public_url(url)}",
         ray=f"{'answers' if ray else 'down'}, {state.ray_address}",
         restarts=state.restarts,
         members=list(members),

@@ -21,8 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import redis
+
 from cluster.children import send_signal
-from cluster.config import ClusterConfig, to_plain
+from cluster.config import ClusterConfig, public_url, to_plain
 from cluster.ray_node import package_environment
 from cluster.run_dir import AlreadyRunningError, ProcessRef, RunDir, session_members, write_private
 from cluster.valkey import free_port
@@ -33,6 +35,7 @@ from engine.models.config import ModelConfig
 STOP_MARGIN_S = 45.0
 """What a stop may take beyond its drain: the driver, Ray's own grace, the sweep."""
 KILL_GRACE_S = 5.0
+REDIS_TIMEOUT_S = 5.0
 
 
 class LaunchError(RuntimeError):
@@ -73,6 +76,8 @@ def check(config: ClusterConfig, run_dir: RunDir) -> ClusterConfig:
     for name, host, port in ports:
         if port:
             _check_port(name, host, port)
+    if config.redis.url:
+        _check_redis(config.redis.url)
     if config.router.port == 0:
         config = dataclasses.replace(config, router=dataclasses.replace(config.router, port=free_port()))
     if config.model.path == DEMO_NAME:
@@ -94,6 +99,19 @@ def _check_port(name: str, host: str, port: int) -> None:
                     f"cannot listen on {host}:{port} ({error.strerror}): set {name.rpartition('.')[0]}'s host or port"
                 )
             raise LaunchError(f"{what} (0 takes any free one)") from error
+
+
+def _check_redis(url: str) -> None:
+    try:
+        with redis.Redis.from_url(
+            url, socket_connect_timeout=REDIS_TIMEOUT_S, socket_timeout=REDIS_TIMEOUT_S
+        ) as client:
+            client.ping()
+    except (redis.RedisError, OSError, ValueError) as error:
+        raise LaunchError(
+            f"the Redis at {public_url(url)} cannot be used ({error}): start it, mend redis.url (with its password), "
+            "or leave redis.url out to have an embedded one"
+        ) from error
 
 
 def start(

@@ -10,7 +10,7 @@ import click
 from cluster.health import Health, Member, Report, gather
 from cluster.run_dir import RunDir
 
-_ROW = "{:<12} {:<8} {:>5}  {:<22} {:>13} {:>7} {:>7}"
+_ROW = "{:<12} {:<8} {:>5}  {:<21} {:>13} {:>7} {:>7}  {}"
 _EPILOG = """\b
 Examples:
   pdserve status
@@ -41,7 +41,9 @@ def _show(report: Report) -> None:
     for name, value in (("supervisor", report.supervisor), ("valkey", report.valkey), ("ray", report.ray)):
         again = report.restarts.get("gcs_server" if name == "ray" else name, 0)
         click.echo(f"  {name:<12} {value}{f', restarted {again} times' if again else ''}")
-    click.echo("\n  " + _ROW.format("member", "state", "epoch", "address", "free/blocks", "running", "waiting"))
+    click.echo(
+        "\n  " + _ROW.format("member", "state", "epoch", "address", "free/blocks", "running", "waiting", "metrics")
+    )
     for member in report.members:
         click.echo(f"  {_row(member)}")
 
@@ -51,7 +53,8 @@ def _row(member: Member) -> str:
     blocks = f"{_number(numbers, 'free_blocks')}/{_number(numbers, 'num_blocks')}" if "num_blocks" in numbers else "-"
     running, waiting = _number(numbers, "num_running"), _number(numbers, "num_waiting")
     epoch = str(member.epoch) if member.epoch else "-"
-    return _ROW.format(member.member_id, member.state, epoch, member.address or "-", blocks, running, waiting)
+    address, metrics = member.address or "-", member.metrics_address or "-"
+    return _ROW.format(member.member_id, member.state, epoch, address, blocks, running, waiting, metrics)
 
 
 def _number(numbers: dict[str, float], name: str) -> str:

@@ -177,6 +177,10 @@ def test_what_is_wrong_is_found_before_anything_starts(run_dir: RunDir, tmp_path
         used = up(write_config(tmp_path, model, router={"port": port}))
     assert used.exit_code == 1
     assert f"port {port} of 127.0.0.1 is in use: stop what listens there, or set router.port" in used.output
+    nowhere = up(write_config(tmp_path, model, redis={"url": f"redis://:secret@127.0.0.1:{port}/2"}))
+    assert nowhere.exit_code == 1
+    assert f"the Redis at redis://***@127.0.0.1:{port}/2 cannot be used" in nowhere.output
+    assert "secret" not in nowhere.output
     typo = up(write_config(tmp_path, model, rooter={}))
     assert "did you mean `router`?" in typo.output
     assert run_dir.read_state() is None
