@@ -52,7 +52,7 @@ class Launched:
 
 
 def check(config: ClusterConfig, run_dir: RunDir) -> ClusterConfig:
-    """The configuration with its model's path made absolute and its router's port fixed, for restarts to keep.
+    """The configuration with its paths made absolute and its router's port fixed, for restarts to keep.
 
     LaunchError if it cannot run here and now.
     """
@@ -78,6 +78,7 @@ def check(config: ClusterConfig, run_dir: RunDir) -> ClusterConfig:
             _check_port(name, host, port)
     if config.redis.url:
         _check_redis(config.redis.url)
+    config = _absolute_paths(config)
     if config.router.port == 0:
         config = dataclasses.replace(config, router=dataclasses.replace(config.router, port=free_port()))
     if config.model.path == DEMO_NAME:
@@ -101,11 +102,25 @@ def _check_port(name: str, host: str, port: int) -> None:
             raise LaunchError(f"{what} (0 takes any free one)") from error
 
 
+def _absolute_paths(config: ClusterConfig) -> ClusterConfig:
+    """Files named in the YAML count from the directory of `up`, not from where the processes run."""
+    files = {name: getattr(config.router, name) for name in ("tls_cert", "tls_key", "api_keys_file")}
+    given = {name: Path(file).expanduser().absolute() for name, file in files.items() if file is not None}
+    for name, file in given.items():
+        if not os.access(file, os.R_OK):
+            raise LaunchError(f"router.{name}: {file} cannot be read: name a file that this user may read")
+    changes: dict[str, Any] = {name: str(file) for name, file in given.items()}
+    router = dataclasses.replace(config.router, **changes)
+    log_dir = config.observability.log_dir
+    there = None if log_dir is None else str(Path(log_dir).expanduser().absolute())
+    observability = dataclasses.replace(config.observability, log_dir=there)
+    return dataclasses.replace(config, router=router, observability=observability)
+
+
 def _check_redis(url: str) -> None:
     try:
-        with redis.Redis.from_url(
-            url, socket_connect_timeout=REDIS_TIMEOUT_S, socket_timeout=REDIS_TIMEOUT_S
-        ) as client:
+        bound = REDIS_TIMEOUT_S
+        with redis.Redis.from_url(url, protocol=2, socket_connect_timeout=bound, socket_timeout=bound) as client:
             client.ping()
     except (redis.RedisError, OSError, ValueError) as error:
         raise LaunchError(
