@@ -245,6 +245,8 @@ def _explain(code: grpc.StatusCode, message: str, field: str | None, retry_after
         text += f" (try again in {retry_after_s:g} s)"
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         text += " (give it more time with --deadline)"
+    elif "larger than max" in message:
+        text += " (bytes: shorten the prompt, or raise router.max_request_bytes in the server's YAML)"
     elif code is grpc.StatusCode.UNAUTHENTICATED:
         text += " (give a key with --api-key-file)"
     return text

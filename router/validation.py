@@ -51,7 +51,7 @@ def deadline_s(request: inference_pb2.GenerateRequest, config: RouterConfig, grp
     asked = request.deadline_s if request.HasField("deadline_s") else config.default_deadline_s
     if not 0 < asked <= MAX_DEADLINE_S:  # NaN is never inside
         raise InvalidArgumentError(
-            f"deadline_s must be more than 0 and at most {MAX_DEADLINE_S:g} seconds, got {asked}", field="deadline_s"
+            f"deadline_s must be more than 0 and at most {MAX_DEADLINE_S:.0f} seconds, got {asked}", field="deadline_s"
         )
     return asked if grpc_s is None or math.isinf(grpc_s) else min(asked, grpc_s)
 

@@ -160,6 +160,8 @@ class Session:
         match command, argument.strip():
             case "/quit" | "/exit", "":
                 raise _QuitError
+            case "/help", "":
+                click.echo(_HELP, err=True)
             case "/reset", "":
                 self.conversation.reset()
             case "/system", text:

@@ -69,7 +69,7 @@ def sampling_options(command: Command) -> Command:
 
 
 def client_errors(command: Command) -> Command:
-    """Turn a ClientError into one line on stderr and exit code 1."""
+    """Turn a ClientError into one line on stderr and exit code 1, and Ctrl-C into exit code 130."""
 
     @functools.wraps(command)
     def wrapper(*args: Any, **options: Any) -> Any:
@@ -77,6 +77,9 @@ def client_errors(command: Command) -> Command:
             return command(*args, **options)
         except ClientError as error:
             raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:
+            click.echo("Cancelled.", err=True)
+            raise click.exceptions.Exit(130) from None
 
     return wrapper
 
@@ -87,7 +90,7 @@ def set_field(message: Message, name: str, value: object) -> None:
         if value is not None:
             setattr(message, name, value)
     except ValueError as error:
-        raise click.UsageError(f"--{name.replace('_', '-')} is out of range: {error}") from error
+        raise click.UsageError(f"--{name.replace('_', '-')} is out of range, got {value}") from error
 
 
 def _with_options(command: Command, options: tuple[Command, ...]) -> Command:

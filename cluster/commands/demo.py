@@ -85,7 +85,7 @@ def _cluster(config: Path, keep_running: bool) -> Iterator[Endpoint]:
         return
     click.echo(f"[2/3] Cluster: starting {_shown(config)}")
     began = time.monotonic()
-    pdserve(["up", "-f", str(config)], standalone_mode=False)
+    pdserve(["up", "-f", str(config), "--no-hints"], standalone_mode=False)
     try:
         endpoint = find_endpoint(None)
         click.echo(f"      ready at {endpoint.address} after {time.monotonic() - began:.0f} s")

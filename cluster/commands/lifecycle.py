@@ -23,6 +23,10 @@ Examples:
 The run directory is $PDSERVE_RUN_DIR, by default ~/.local/state/pdserve/default;
 one cluster runs from each.
 """
+_HINTS = """
+  pdserve chat     talk with it
+  pdserve status   see how it is
+  pdserve down     stop it"""
 _DOWN_EPILOG = """\b
 Examples:
   pdserve down
@@ -35,8 +39,9 @@ Examples:
     "-f", "--config", "file", type=_FILE, help="The cluster's YAML. Default: ./pdserve.yaml, else the demo's."
 )
 @click.option("--foreground/--detach", default=False, help="Stay until Ctrl-C, or return once it is ready (default).")
+@click.option("--hints/--no-hints", default=True, hidden=True)
 @click.option("--actors", default="cluster.actors", hidden=True)
-def up(file: Path | None, foreground: bool, actors: str) -> None:
+def up(file: Path | None, foreground: bool, hints: bool, actors: str) -> None:
     """Start the cluster that a YAML describes."""
     run_dir = RunDir.default()
     config = _load(file or launch.default_config_file())
@@ -48,6 +53,8 @@ def up(file: Path | None, foreground: bool, actors: str) -> None:
     try:
         routers = _follow(launched, run_dir)
         _summary(config, routers, run_dir)
+        if hints:
+            click.echo(_HINTS)
         if foreground:
             click.echo("Ctrl-C stops it.")
             launched.process.wait()
@@ -92,7 +99,6 @@ def _summary(config: ClusterConfig, routers: list[str], run_dir: RunDir) -> None
     click.echo("Ready.")
     for name, value in lines.items():
         click.echo(f"  {name:<14} {value}")
-    click.echo("\n  pdserve chat     talk with it\n  pdserve status   see how it is\n  pdserve down     stop it")
 
 
 @click.command(epilog=_DOWN_EPILOG)
