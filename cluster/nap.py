@@ -13,7 +13,7 @@ import signal
 import threading
 from typing import Any
 
-NAP_S = 0.2
+NAP_S = 0.5
 AWAKE_S = 0.01
 """Long enough for the main thread to return to Ray's loop and start what waits there."""
 
