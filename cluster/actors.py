@@ -10,17 +10,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from cluster import logs, metrics
+from cluster import metrics
 from cluster.config import ClusterConfig, PoolConfig, from_plain
 from cluster.front import FrontOptions, FrontState, WorkerFront
 from cluster.loop_thread import LoopThread
-from cluster.run_dir import RunDir
+from cluster.process import begin
 from cluster.sigterm import on_sigterm
 from engine.ipc import socket_path
 from protos import worker_pb2 as pb
@@ -45,6 +43,7 @@ WORKER_COUNTERS = (
     "digest_mismatches",
     "lost_peers",
 )
+ROUTER_COUNTERS = ("outcomes", "prompt_tokens", "cached_prompt_tokens", "generated_tokens", "failed_attempts")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,25 +73,6 @@ class RouterSpec:
     redis_url: str
 
 
-def _setup(role: str, name: str, config: ClusterConfig, run_dir: str, redis_url: str) -> bytes:
-    """Logs and the cluster secret of a process."""
-    directory = RunDir(Path(run_dir))
-    secret = directory.secret("cluster")
-    log_dir = Path(config.observability.log_dir) if config.observability.log_dir else directory.logs
-    logs.configure(
-        role,
-        worker_id=name,
-        level=config.observability.log_level,
-        target=log_dir / f"{name}-{role}.log",
-        secrets=[secret, _password(redis_url)],
-    )
-    return secret.encode()
-
-
-def _password(url: str) -> str:
-    return url.partition("@")[0].rpartition(":")[2] if "@" in url else ""
-
-
 def _stats(message: pb.WorkerStats) -> dict[str, float]:
     return {field.name: getattr(message, field.name) for field in pb.WorkerStats.DESCRIPTOR.fields}
 
@@ -119,7 +99,7 @@ class EngineActor:
         from engine.engine import Engine
 
         config = from_plain(spec.config)
-        secret = _setup(f"engine{rank}", spec.worker_id, config, spec.run_dir, spec.redis_url)
+        secret = begin(f"engine{rank}", spec.worker_id, config, spec.run_dir, spec.redis_url)
         pool = spec.pool_config(config)
         engine = Engine(config.model, config.cache, pool)
         self._drain_s = config.drain_s
@@ -159,7 +139,7 @@ class FrontActor:
 
     def __init__(self, spec: WorkerSpec, engine_socket: str) -> None:
         config = from_plain(spec.config)
-        secret = _setup("front", spec.worker_id, config, spec.run_dir, spec.redis_url)
+        secret = begin("front", spec.worker_id, config, spec.run_dir, spec.redis_url)
         collector = metrics.StatsCollector("worker", self._metric_values, counters=WORKER_COUNTERS)
         self._metrics = metrics.serve([collector], host=config.observability.metrics_host)
         self._drain_s = config.drain_s
@@ -212,11 +192,16 @@ class RouterActor:
 
     def __init__(self, spec: RouterSpec) -> None:
         config = from_plain(spec.config)
-        secret = _setup("router", spec.router_id, config, spec.run_dir, spec.redis_url)
+        secret = begin("router", spec.router_id, config, spec.run_dir, spec.redis_url)
         self._drain_s = config.drain_s
-        self._stopped = threading.Event()
         self._loop = LoopThread("router")
-        collector = metrics.StatsCollector("router", self._metric_values)
+        self._app: RouterApp | None = None
+        collector = metrics.StatsCollector(
+            "router",
+            self._metric_values,
+            counters=ROUTER_COUNTERS,
+            key_labels={"outcomes": "outcome", "workers": "state"},
+        )
         observability = config.observability
         self._metrics = metrics.serve([collector], host=observability.metrics_host, port=observability.metrics_port)
         self._app, self._address = self._loop.run(_make_router(spec, config, secret, self._metrics.address), START_S)
@@ -228,19 +213,24 @@ class RouterActor:
 
     def drain(self, timeout_s: float) -> dict[str, Any]:
         """Take nothing new, wait for what runs, then stop listening."""
-        self._loop.run(self._app.drain(timeout_s), timeout_s + STOP_S)
-        self._loop.run(self._app.stop(), STOP_S)
+        app = self._running()
+        self._loop.run(app.drain(timeout_s), timeout_s + STOP_S)
+        self._loop.run(app.stop(), STOP_S)
         return self._names()
 
     def status(self) -> dict[str, Any]:
         """Workers as this router sees them, requests in flight."""
-        return {**self._names(), **self._app.status(), "pid": os.getpid()}
+        return {**self._names(), **self._running().status(), "pid": os.getpid()}
+
+    def _running(self) -> RouterApp:
+        assert self._app is not None, "set by the constructor"
+        return self._app
 
     def _names(self) -> dict[str, Any]:
         return {"address": self._address, "metrics_address": self._metrics.address}
 
     def _metric_values(self) -> dict[str, Any]:
-        return asdict(self._app.stats())
+        return asdict(self._app.stats()) if self._app is not None else {}
 
     def _on_sigterm(self) -> None:
         log.info("SIGTERM: draining the router")

@@ -17,10 +17,11 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
-from cluster import pool
+from cluster import metrics, pool
 from cluster.config import from_plain
 from cluster.nap import napping
 from cluster.placement import NUM_ROUTERS, WorkerPlan, shortage, total, wanted_workers
+from cluster.process import begin
 
 CONTROLLER = "controller"
 STATUS_TIMEOUT_S = 2.0
@@ -56,6 +57,11 @@ class Controller:
         self._routers: dict[str, Any] = {}
         self._plans: list[WorkerPlan] = []
         self._state = ControllerState.NEW
+        config = from_plain(deployment.around.config)
+        begin("controller", "", config, deployment.around.run_dir, deployment.around.redis_url)
+        collector = metrics.StatsCollector("controller", self._metric_values)
+        self._metrics = metrics.serve([collector], host=config.observability.metrics_host)
+        log.info("controller up", extra={"metrics": self._metrics.address})
         if ray.get_runtime_context().was_current_actor_reconstructed:
             self.deploy()
 
@@ -72,7 +78,11 @@ class Controller:
             router_id = f"router-{index}"
             self._routers[router_id] = pool.create_router(router_id, self._classes, self._around)
         self._state = ControllerState.DEPLOYED
+        log.info("deployed", extra={"workers": list(self._workers), "routers": list(self._routers)})
         return {**dict.fromkeys(self._workers, "worker"), **dict.fromkeys(self._routers, "router")}
+
+    def _metric_values(self) -> dict[str, float]:
+        return {"wanted_workers": len(self._plans), "workers": len(self._workers), "routers": len(self._routers)}
 
     def wait_ready(self, member_id: str, timeout_s: float) -> dict[str, Any]:
         """What a worker or router says of itself once it is ready; raises its error, or GetTimeoutError."""

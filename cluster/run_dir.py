@@ -126,6 +126,8 @@ class RunState:
     """Addresses for clients."""
     restarts: dict[str, int] = field(default_factory=dict)
     """How often the supervisor has restarted what."""
+    metrics_address: str = ""
+    """Of the supervisor's own /metrics."""
 
     def to_json(self) -> str:
         """The state as text."""
@@ -174,9 +176,10 @@ class RunDir:
 
     def create(self) -> None:
         """Make the directory; PermissionError if it exists and is open to others."""
-        for path in (self.path, self.path / "secrets", self.path / "valkey", self.logs):
-            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         _require_private(self.path)
+        for path in (self.path / "secrets", self.path / "valkey", self.logs):
+            path.mkdir(exist_ok=True, mode=0o700)
 
     def make_socket_dir(self) -> Path:
         """A private directory whose path is short; the same for the same run directory."""

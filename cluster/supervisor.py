@@ -30,7 +30,7 @@ from typing import Any
 import redis.asyncio
 from redis.exceptions import RedisError
 
-from cluster import logs
+from cluster import logs, metrics
 from cluster.children import Child, Children, describe_exit, die_with_parent, end
 from cluster.config import ClusterConfig, from_plain
 from cluster.orders import DeployOrder, OrderError, carry_out
@@ -85,6 +85,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._asked_to_stop)
+        page = self._serve_metrics()
         self._save()
         try:
             started = await self._start_unless_stopped()
@@ -92,7 +93,19 @@ class Supervisor:
                 await self._stop.wait()
         finally:
             await self._shut_down()
+            page.close()
         return 0 if started else 1
+
+    def _serve_metrics(self) -> metrics.MetricsServer:
+        collector = metrics.StatsCollector(
+            "supervisor",
+            lambda: {"restarts": dict(self._state.restarts), "ready": float(self._state.phase is Phase.READY)},
+            counters=("restarts",),
+            key_labels={"restarts": "process"},
+        )
+        page = metrics.serve([collector], host=self._config.observability.metrics_host)
+        self._state.metrics_address = page.address
+        return page
 
     def _asked_to_stop(self) -> None:
         (self._hurry if self._stop.is_set() else self._stop).set()

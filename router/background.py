@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -41,20 +41,26 @@ class Background:
             await asyncio.wait(late, timeout=timeout_s)
 
     async def cancel(self) -> None:
-        """Cancel all tasks and wait for their end.
-
-        Again and again, within a bound: a cancellation that meets a time-out inside a client library can get lost.
-        """
-        loop = asyncio.get_running_loop()
-        until = loop.time() + CANCEL_BOUND_S
-        while self._tasks and loop.time() < until:
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.wait(set(self._tasks), timeout=CANCEL_AGAIN_S)
-        for task in self._tasks:
-            logger.error("background task %s did not end within %.0f s", task.get_name(), CANCEL_BOUND_S)
+        """Cancel all tasks and wait for their end."""
+        await cancel(self._tasks)
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             logger.error("background task %s failed", task.get_name(), exc_info=task.exception())
+
+
+async def cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel tasks and wait for their end.
+
+    Again and again, within a bound: a cancellation that meets a time-out inside a client library can get lost.
+    """
+    left = {task for task in tasks if not task.done()}
+    loop = asyncio.get_running_loop()
+    until = loop.time() + CANCEL_BOUND_S
+    while left and loop.time() < until:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=CANCEL_AGAIN_S)
+    for task in left:
+        logger.error("task %s did not end within %.0f s", task.get_name(), CANCEL_BOUND_S)

@@ -18,6 +18,7 @@ import grpc
 
 from protos import worker_pb2, worker_pb2_grpc
 from protos.auth import WORKER_METADATA_KEY
+from router.background import cancel
 from router.config import RouterConfig
 from router.errors import AttemptFailedError, InvalidArgumentError, WorkerFullError, WorkerLostError
 from router.inbox import Inbox
@@ -65,6 +66,7 @@ class WorkerLink:
         self._inboxes: dict[str, Inbox] = {}
         self._next_news_at = 0.0
         self._task: asyncio.Task[None] | None = None
+        self._leaving = False
         self._decode: worker_pb2_grpc.DecodeWorkerStub | None = None
         self._prefill: worker_pb2_grpc.PrefillWorkerStub | None = None
 
@@ -74,9 +76,9 @@ class WorkerLink:
 
     async def stop(self) -> None:
         """Close the connection for good; whatever runs there is lost."""
+        self._leaving = True
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await cancel([self._task])
 
     @property
     def num_inboxes(self) -> int:
@@ -224,7 +226,8 @@ class WorkerLink:
         self.info.state = WorkerState.LOST
         self.info.stats = worker_pb2.WorkerStats()
         inboxes, self._inboxes = self._inboxes, {}
-        logger.warning("worker lost: %s", why, extra={"worker": self.info.label, "num_requests": len(inboxes)})
+        level = logging.INFO if self._leaving else logging.WARNING
+        logger.log(level, "worker lost: %s", why, extra={"worker": self.info.label, "num_requests": len(inboxes)})
         for inbox in inboxes.values():
             inbox.put(WorkerLostError(f"worker {self.info.label} was lost: {why}", worker=self.info.life))
         self._on_change()

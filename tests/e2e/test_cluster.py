@@ -242,9 +242,16 @@ def test_a_second_up_is_refused_and_harms_nothing(cluster):
 
 
 def test_metrics_and_logs_carry_what_they_should_and_no_secret(cluster):
-    for member in cluster.status()["members"]:
-        page = urllib.request.urlopen(f"http://{member['metrics_address']}/metrics", timeout=10).read().decode()
-        assert "pdserve_" in page
+    logs = cluster.run_dir / "logs"
+    pages = {member["member_id"]: member["metrics_address"] for member in cluster.status()["members"]}
+    pages["supervisor"] = json.loads((cluster.run_dir / "state.json").read_text())["metrics_address"]
+    for name in ("controller", "prefill-0-engine0"):
+        lines = [json.loads(line) for line in (logs / f"{name}.log").read_text().splitlines()]
+        pages[name] = next(line["metrics"] for line in reversed(lines) if "metrics" in line)
+    for address in pages.values():
+        assert "pdserve_" in urllib.request.urlopen(f"http://{address}/metrics", timeout=10).read().decode()
+    router = urllib.request.urlopen(f"http://{pages['router-0']}/metrics", timeout=10).read().decode()
+    assert 'pdserve_router_outcomes_total{outcome="length"}' in router
     lines = (cluster.run_dir / "logs" / "router-0-router.log").read_text().splitlines()
     assert any(json.loads(line).get("request_id") for line in lines)
     secrets = [path.read_text().strip() for path in (cluster.run_dir / "secrets").iterdir() if path.is_file()]

@@ -33,6 +33,27 @@ def test_kv_arrives(two: Two) -> None:
     assert not two.target.kv[:, :, untouched].any(), "only the ticket's slots may be written"
 
 
+def test_the_tail_is_what_comes_home_after_the_first_token(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    gather = two.source.gather
+
+    def slow(*where: object) -> None:
+        time.sleep(0.1)
+        gather(*where)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(two.source, "gather", slow)
+    late = offer(two.receiver, 21, [9, 4, 30])
+    send_all(two.sender, late, [1, 2, 3])
+    assert late.assert_delivered().tail_s >= 0.1
+
+    early = offer(two.receiver, 8, [11])
+    before = two.receiver.stats().received_pieces
+    job = two.sender.open_send(early.ticket, early.sent.put)
+    job.push(0, 3, 0, slots([5], 0, 8))
+    wait_until(lambda: two.receiver.stats().received_pieces > before, "the piece is home")
+    job.finish(first_token_of(early))
+    assert early.assert_delivered().tail_s < 0.05
+
+
 @pytest.mark.parametrize("num_tokens", [9, 16, 40])
 def test_tokens_the_receiver_holds_do_not_travel(two: Two, num_tokens: int) -> None:
     source = [5, 6, 7, 8, 1]
