@@ -2,8 +2,7 @@
 
 A `StatsCollector` turns a dataclass (or mapping) of numbers into `pdserve_<subsystem>_<field>`: a field is a
 counter where its owner says so, a gauge otherwise. A field that is itself a mapping of numbers is one family with
-a label, and one with the fields of `router.stats.Histogram` is a histogram. `Latency` is a histogram for what only
-a moment can tell.
+a label, and one with the fields of `router.stats.Histogram` is a histogram.
 """
 
 from __future__ import annotations
@@ -16,13 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 PREFIX = "pdserve"
-LATENCY_BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0)
-
 KEY_LABEL = "kind"
 _HISTOGRAM_FIELDS = {"bounds", "counts", "total"}
 
@@ -90,19 +87,6 @@ def _fields(stats: Stats) -> Iterable[tuple[str, Any]]:
     if dataclasses.is_dataclass(stats) and not isinstance(stats, type):
         return dataclasses.asdict(stats).items()
     raise TypeError(f"stats must be a dataclass or a mapping, got {type(stats).__name__}")
-
-
-class Latency:
-    """A histogram of durations in seconds, `pdserve_<subsystem>_<name>_seconds`."""
-
-    def __init__(self, registry: CollectorRegistry, subsystem: str, name: str, help_text: str) -> None:
-        self._histogram = Histogram(
-            f"{PREFIX}_{subsystem}_{name}_seconds", help_text, registry=registry, buckets=LATENCY_BUCKETS_S
-        )
-
-    def observe(self, seconds: float) -> None:
-        """Count one duration."""
-        self._histogram.observe(seconds)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from engine.errors import InvalidRequestError
+
+MAX_LOGPROBS = 20
+"""Most alternatives that are reported for one position."""
 
 
 class FinishReason(enum.Enum):
@@ -45,34 +48,28 @@ class SamplingParams:
     """Number of alternatives to report beside the chosen token's own; None: report nothing."""
     ignore_eos: bool = False
 
-    MAX_LOGPROBS = 20
-
     def __post_init__(self) -> None:
-        check = _Check()
-        check.number("temperature", self.temperature, low=0.0, high=100.0)
-        check.number("top_p", self.top_p, low=0.0, high=1.0, low_open=True)
-        check.number("top_k", self.top_k, low=0)
-        check.number("min_p", self.min_p, low=0.0, high=1.0)
-        check.number("repetition_penalty", self.repetition_penalty, low=0.0, high=100.0, low_open=True)
-        check.number("presence_penalty", self.presence_penalty, low=-100.0, high=100.0)
-        check.number("frequency_penalty", self.frequency_penalty, low=-100.0, high=100.0)
-        check.number("max_tokens", self.max_tokens, low=1)
-        check.number("min_tokens", self.min_tokens, low=0, high=self.max_tokens)
-        check.number("seed", self.seed, low=0, high=2**64 - 1)
+        _check_range("temperature", self.temperature, low=0.0, high=100.0)
+        _check_range("top_p", self.top_p, low=0.0, high=1.0, low_open=True)
+        _check_range("top_k", self.top_k, low=0)
+        _check_range("min_p", self.min_p, low=0.0, high=1.0)
+        _check_range("repetition_penalty", self.repetition_penalty, low=0.0, high=100.0, low_open=True)
+        _check_range("presence_penalty", self.presence_penalty, low=-100.0, high=100.0)
+        _check_range("frequency_penalty", self.frequency_penalty, low=-100.0, high=100.0)
+        _check_range("max_tokens", self.max_tokens, low=1)
+        _check_range("min_tokens", self.min_tokens, low=0, high=self.max_tokens)
+        _check_range("seed", self.seed, low=0, high=2**64 - 1)
         if self.logprobs is not None:
-            check.number("logprobs", self.logprobs, low=0, high=20)
+            _check_range("logprobs", self.logprobs, low=0, high=MAX_LOGPROBS)
 
 
-class _Check:
-    """Range checks that name the field."""
-
-    def number(self, name: str, value: float, *, low: float, high: float = math.inf, low_open: bool = False) -> None:
-        """Raise InvalidRequestError unless low <= value <= high (low < value if low_open)."""
-        inside = low < value <= high if low_open else low <= value <= high
-        if not inside:  # NaN is never inside
-            bound = f"more than {low:g}" if low_open else f"at least {low:g}"
-            upper = "" if math.isinf(high) else f" and at most {high:g}"
-            raise InvalidRequestError(f"{name} must be {bound}{upper}, got {value}", field=name)
+def _check_range(name: str, value: float, *, low: float, high: float = math.inf, low_open: bool = False) -> None:
+    """Raise InvalidRequestError, naming the field, unless low <= value <= high (low < value if low_open)."""
+    inside = low < value <= high if low_open else low <= value <= high
+    if not inside:  # NaN is never inside
+        bound = f"more than {low:g}" if low_open else f"at least {low:g}"
+        upper = "" if math.isinf(high) else f" and at most {high:g}"
+        raise InvalidRequestError(f"{name} must be {bound}{upper}, got {value}", field=name)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,7 +124,6 @@ class EngineStats:
     num_waiting: int = 0
     waiting_tokens: int = 0
     """Tokens not yet computed of waiting sequences."""
-    num_reserved: int = 0
     free_blocks: int = 0
     findable_blocks: int = 0
     """Free blocks whose content the prefix cache can still give out."""
@@ -137,4 +133,3 @@ class EngineStats:
     cached_tokens: int = 0
     generated_tokens: int = 0
     preemptions: int = 0
-    extra: dict[str, float] = field(default_factory=dict)

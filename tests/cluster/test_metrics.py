@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.metrics import Latency, StatsCollector, serve
+from cluster.metrics import StatsCollector, serve
 from router.stats import RouterStats
 
 
@@ -67,17 +67,13 @@ def test_the_routers_stats_are_families_with_names_of_their_own() -> None:
     assert samples["pdserve_router_itl_seconds_count",] == 1
 
 
-def test_labels_and_latency() -> None:
+def test_labels() -> None:
     server = serve([StatsCollector("router", lambda: {"queued": 2}, labels={"router": "r-0"})])
     try:
-        latency = Latency(server.registry, "router", "ttft", "first token")
-        latency.observe(0.03)
         found = scrape(server.address)
     finally:
         server.close()
     assert found["pdserve_router_queued"] == 2
-    assert found["pdserve_router_ttft_seconds_count"] == 1
-    assert found["pdserve_router_ttft_seconds_sum"] == pytest.approx(0.03)
 
 
 def test_listens_where_told_and_closes() -> None:
