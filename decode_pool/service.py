@@ -125,6 +125,15 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             raise
         if reply.WhichOneof("result") == "error":
             await refuse(context, reply.error)
+        log.info(
+            "reserved",
+            extra={
+                "request_id": request.request.request_id,
+                "attempt": request.request.attempt,
+                "local_prefill": request.local_prefill,
+                "cached_tokens": reply.reserve.cached_tokens,
+            },
+        )
         return reply.reserve
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortReply:

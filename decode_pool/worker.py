@@ -8,6 +8,7 @@ The engine loop's thread calls everything here.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from engine.sequence import Sequence
 from kv_transfer.node import TransferNode
 from kv_transfer.ticket import ReceivedKV
 from protos import worker_pb2 as pb
+
+log = logging.getLogger(__name__)
 
 Emit = Callable[[str, pb.TokenOutput], None]
 """emit(router_id, output): collects what this step says to a router."""
@@ -102,7 +105,7 @@ class DecodeWorker:
             message.timing.CopyFrom(self._first_timing(entry))
             message.cached_tokens = min(sequence.num_cached_tokens, sequence.num_prompt_tokens)
         if output.finish_reason is not None:
-            del self._running[_key(sequence)]
+            self._ended(sequence, output.finish_reason.value)
         self._emit(sequence.owner, message)
 
     def holders(self) -> list[Sequence]:
@@ -141,11 +144,26 @@ class DecodeWorker:
             raise
 
     def _end(self, sequence: Sequence, reason: str) -> bool:
-        entry = self._running.pop(_key(sequence), None)
-        if entry is None:
+        if _key(sequence) not in self._running:
             return self._intake.abort(_key(sequence), reason)
         self._engine.scheduler.abort(sequence)
+        self._ended(sequence, f"aborted: {reason}")
         return True
+
+    def _ended(self, sequence: Sequence, how: str) -> None:
+        """The sequence is no longer run here."""
+        request = sequence.request
+        del self._running[_key(sequence)]
+        log.info(
+            "decode ended",
+            extra={
+                "request_id": request.request_id,
+                "attempt": request.attempt,
+                "num_generated_tokens": sequence.num_generated_tokens,
+                "num_preemptions": sequence.num_preemptions,
+                "how": how,
+            },
+        )
 
     def _join(self, sequence: Sequence, received: ReceivedKV) -> None:
         """The KV is home: the sequence is about to join the batch."""

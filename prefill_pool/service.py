@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import grpc
@@ -12,6 +13,8 @@ from engine.link import EngineLink
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc
 from protos.status import refuse
+
+log = logging.getLogger(__name__)
 
 MAX_PREFILL_S = 3600.0
 """Bound of the wait for a first token where the request has no deadline."""
@@ -43,7 +46,17 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             raise
         if reply.WhichOneof("result") == "error":
             await refuse(context, reply.error)
-        return reply.prefill
+        asked, done = request.request, reply.prefill
+        log.info(
+            "prefilled",
+            extra={
+                "request_id": asked.request_id,
+                "attempt": asked.attempt,
+                "queue_s": round(done.queue_s, 6),
+                "prefill_s": round(done.prefill_s, 6),
+            },
+        )
+        return done
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortReply:
         """End a prefill in any phase."""

@@ -12,6 +12,7 @@ everything here.
 from __future__ import annotations
 
 import enum
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from kv_transfer.node import TransferNode
 from kv_transfer.ticket import KVTicket, SendResult, TicketState
 from prefill_pool.kv_push import KVPush
 from protos import worker_pb2 as pb
+
+log = logging.getLogger(__name__)
 
 Answer = Callable[[pb.PrefillReply | Exception], None]
 Emit = Callable[[str, pb.TokenOutput], None]
@@ -183,3 +186,14 @@ class PrefillWorker:
             self._report_failure(task.sequence, reason)
         del self._tasks[key]
         self._engine.scheduler.release(task.sequence)
+        log.info(
+            "prefill settled",
+            extra={
+                "request_id": key[0],
+                "attempt": key[1],
+                "num_tokens": task.sequence.num_computed_tokens,
+                "num_cached_tokens": task.sequence.num_cached_tokens,
+                "ticket": result.state.name,
+                "reason": result.reason,
+            },
+        )

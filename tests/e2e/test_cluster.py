@@ -252,8 +252,8 @@ def test_metrics_and_logs_carry_what_they_should_and_no_secret(cluster):
         assert "pdserve_" in urllib.request.urlopen(f"http://{address}/metrics", timeout=10).read().decode()
     router = urllib.request.urlopen(f"http://{pages['router-0']}/metrics", timeout=10).read().decode()
     assert 'pdserve_router_outcomes_total{outcome="length"}' in router
-    lines = (cluster.run_dir / "logs" / "router-0-router.log").read_text().splitlines()
-    assert any(json.loads(line).get("request_id") for line in lines)
+    for name in ("router-0-router", "prefill-0-front", "prefill-0-engine0", "decode-0-front", "decode-0-engine0"):
+        assert any(json.loads(line).get("request_id") for line in (logs / f"{name}.log").read_text().splitlines())
     secrets = [path.read_text().strip() for path in (cluster.run_dir / "secrets").iterdir() if path.is_file()]
     assert len(secrets) >= 3
     for log in (cluster.run_dir / "logs").iterdir():
