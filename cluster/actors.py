@@ -154,7 +154,7 @@ class FrontActor:
             secret=secret,
             metrics_address=self._metrics.address,
         )
-        self._front = self._loop.run(_make_front(options, spec.redis_url), START_S)
+        self._front = self._loop.run(_make_front(options, _store(spec.redis_url, config)), START_S)
         on_sigterm(self._on_sigterm)
 
     def ready(self) -> dict[str, Any]:
@@ -242,8 +242,12 @@ class RouterActor:
 # constructs that away from the main thread, where SIGTERM cannot be taken over.
 
 
-async def _make_front(options: FrontOptions, redis_url: str) -> WorkerFront:
-    front = WorkerFront(options, RedisStore(redis_url))
+def _store(redis_url: str, config: ClusterConfig) -> RedisStore:
+    return RedisStore(redis_url, timeout_s=config.router.store_timeout_s)
+
+
+async def _make_front(options: FrontOptions, store: RedisStore) -> WorkerFront:
+    front = WorkerFront(options, store)
     await front.start()
     return front
 
@@ -255,7 +259,7 @@ async def _make_router(
         config=config.router,
         model=config.model,
         mode=config.mode,
-        store=RedisStore(spec.redis_url),
+        store=_store(spec.redis_url, config),
         secret=secret,
         router_id=spec.router_id,
     )

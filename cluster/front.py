@@ -62,7 +62,6 @@ class WorkerFront:
     """Serves one worker's two gRPC services."""
 
     def __init__(self, options: FrontOptions, store: FleetStore) -> None:
-        self.state = FrontState.STARTING
         self.address = ""
         self.link = EngineLink(
             socket_path=options.socket_path,
@@ -71,6 +70,7 @@ class WorkerFront:
             on_step=self._on_step,
         )
         self.link.on_started = self._register
+        self._state = FrontState.STARTING
         self._options = options
         self._store = store
         self._started_at = time.time()
@@ -78,6 +78,13 @@ class WorkerFront:
         self._decode = DecodeService(self.link)
         self._server: grpc.aio.Server | None = None
         self._lease_task: asyncio.Task[None] | None = None
+
+    @property
+    def state(self) -> FrontState:
+        """What it does with new work at this moment; without its engine it is STARTING again."""
+        if self._state is FrontState.SERVING and self.link.state is not LinkState.STARTED:
+            return FrontState.STARTING
+        return self._state
 
     async def start(self) -> str:
         """Listen, link to the engine, register when it is up; returns the bound address."""
@@ -104,7 +111,7 @@ class WorkerFront:
 
     async def drain(self, timeout_s: float) -> bool:
         """Take nothing new, wait for what runs; False if time was up first."""
-        self.state = FrontState.DRAINING
+        self._state = FrontState.DRAINING
         self._prefill.draining = self._decode.draining = True
         try:
             async with asyncio.timeout(timeout_s):
@@ -119,7 +126,7 @@ class WorkerFront:
 
     async def stop(self) -> None:
         """Leave the registry, end every stream, let go of the engine."""
-        self.state = FrontState.STOPPED
+        self._state = FrontState.STOPPED
         if self._lease_task is not None:
             self._lease_task.cancel()
         with contextlib.suppress(StoreUnavailableError):
@@ -157,14 +164,14 @@ class WorkerFront:
             started_at=self._started_at,
         )
         await self._store.register(record, LEASE_TTL_S)
-        if self.state is FrontState.STARTING:
-            self.state = FrontState.SERVING
+        if self._state is FrontState.STARTING:
+            self._state = FrontState.SERVING
 
     async def _hold_lease(self) -> None:
         """Renew the record; on word of a newer epoch, start over with one newer still."""
         while True:
             await asyncio.sleep(LEASE_PERIOD_S)
-            if self.link.state is not LinkState.STARTED or self.state is FrontState.STOPPED:
+            if self.link.state is not LinkState.STARTED or self._state is FrontState.STOPPED:
                 continue
             try:
                 await self._register()

@@ -43,8 +43,9 @@ class Member:
 
     member_id: str
     kind: Literal["worker", "router"]
-    state: Literal["ready", "missing", "silent"]
-    """missing: not in the registry; silent: in the registry, but its metrics do not answer."""
+    state: Literal["ready", "starting", "missing", "silent"]
+    """starting: its engine is not up (again) yet; missing: not in the registry; silent: in the registry, but its
+    metrics do not answer."""
     pool: str = ""
     role: str = ""
     epoch: int = 0
@@ -141,7 +142,7 @@ async def _member(
     return Member(
         name,
         kind,
-        "silent" if numbers is None else "ready",
+        _state(numbers),
         pool=pool,
         role=getattr(record, "role", role),
         epoch=getattr(record, "epoch", 0),
@@ -149,6 +150,12 @@ async def _member(
         metrics_address=record.metrics_address,
         numbers=numbers or {},
     )
+
+
+def _state(numbers: Numbers | None) -> Literal["ready", "starting", "silent"]:
+    if numbers is None:
+        return "silent"
+    return "ready" if numbers.get("ready", 1.0) else "starting"
 
 
 def _scrape(address: str) -> Numbers | None:

@@ -48,7 +48,6 @@ class HeadProcesses:
     gcs_argv: list[str]
     """Run again with the same environment, this is the same GCS: its port is fixed and its state in Redis."""
     raylet_pid: int
-    session_dir: str
 
 
 def gcs_environment(settings: HeadSettings) -> dict[str, str]:
@@ -66,7 +65,6 @@ def start(settings: HeadSettings) -> HeadProcesses:
         gcs_pid=pids["gcs_server"],
         gcs_argv=gcs_argv,
         raylet_pid=pids["raylet"],
-        session_dir=node.get_session_dir_path(),
     )
 
 

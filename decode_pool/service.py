@@ -107,11 +107,8 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         """Promise blocks; refused while draining and for another epoch."""
         if self.draining:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "this worker is draining")
-        if request.epoch != self._link.epoch or not self._link.started.is_set():
-            await context.abort(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                f"this worker is in epoch {self._link.epoch}, the call is for epoch {request.epoch}",
-            )
+        if refusal := self._link.stale(request.epoch):
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, refusal)
         if request.router_id not in self._attached:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"router {request.router_id} is not attached")
         try:

@@ -85,6 +85,12 @@ class EngineLink:
         if self._client is not None:
             await self._client.close()
 
+    def stale(self, epoch: int) -> str:
+        """Why a call that names this epoch must be refused; empty if it is for the present one."""
+        if not self.started.is_set():
+            return "this worker's engine is starting"
+        return "" if epoch == self.epoch else f"this worker is in epoch {self.epoch}, the call is for epoch {epoch}"
+
     async def call(self, command: pb.EngineCommand, timeout_s: float) -> pb.EngineReply:
         """Ask the engine; EngineGoneError if there is none or it does not answer in time."""
         return await self._started_client().call(command, timeout_s)

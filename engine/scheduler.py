@@ -145,7 +145,7 @@ class Scheduler:
     def fail_all(self, reason: str) -> list[Emitted]:
         """End every sequence because the step that held them failed."""
         emitted = []
-        for sequence in [*self._running, *self._waiting]:
+        for sequence in self.sequences():
             self._leave(sequence)
             self._finish(sequence, FinishReason.FAILED)
             emitted.append((sequence, _end_output(sequence, reason)))
@@ -156,9 +156,7 @@ class Scheduler:
         self._stats.num_running = len(self._running)
         self._stats.num_waiting = len(self._waiting)
         self._stats.waiting_tokens = sum(
-            sequence.num_missing_tokens
-            for sequence in [*self._waiting, *self._running]
-            if sequence.num_missing_tokens > 1
+            sequence.num_missing_tokens for sequence in self.sequences() if sequence.num_missing_tokens > 1
         )
         self._stats.free_blocks = self.pool.num_free
         self._stats.findable_blocks = self.pool.num_findable

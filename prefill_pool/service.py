@@ -35,7 +35,8 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         """Have the engine compute a prompt; ends with the caller if the caller goes away."""
         if self.draining:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "this worker is draining")
-        await check_epoch(self._link, request.epoch, context)
+        if refusal := self._link.stale(request.epoch):
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, refusal)
         timeout_s = request.request.deadline_s or MAX_PREFILL_S
         try:
             reply = await self._link.call(pb.EngineCommand(prefill=request), timeout_s)
@@ -69,13 +70,3 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
     def _abort(self, request: pb.EngineRequest, reason: str) -> None:
         abort = pb.AbortRequest(request_id=request.request_id, attempt=request.attempt, reason=reason)
         self._link.send(pb.EngineCommand(abort_prefill=abort))
-
-
-async def check_epoch(link: EngineLink, epoch: int, context: Context) -> None:
-    """Refuse a call that was meant for another life of this worker."""
-    if not link.started.is_set():
-        await context.abort(grpc.StatusCode.UNAVAILABLE, "this worker's engine is starting")
-    if epoch != link.epoch:
-        await context.abort(
-            grpc.StatusCode.FAILED_PRECONDITION, f"this worker is in epoch {link.epoch}, the call is for epoch {epoch}"
-        )

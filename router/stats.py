@@ -18,14 +18,17 @@ class Histogram:
     counts: list[int] = field(default_factory=lambda: [0] * (len(LATENCY_BOUNDS_S) + 1))
     total: float = 0.0
     """Sum of all values."""
-    num: int = 0
+
+    @property
+    def num(self) -> int:
+        """Values seen."""
+        return sum(self.counts)
 
     def observe(self, value: float | None) -> None:
         """Count a value; None is none."""
         if value is not None:
             self.counts[bisect.bisect_left(self.bounds, value)] += 1
             self.total += value
-            self.num += 1
 
 
 @dataclass(slots=True)
