@@ -12,13 +12,16 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from cluster import metrics
 from cluster.config import ClusterConfig, PoolConfig, from_plain
 from cluster.front import FrontOptions, FrontState, WorkerFront
 from cluster.loop_thread import LoopThread
+from cluster.model_load import LoadTeller
 from cluster.process import begin
+from cluster.run_dir import RunDir
 from cluster.sigterm import on_sigterm
 from engine.ipc import socket_path
 from protos import worker_pb2 as pb
@@ -101,7 +104,8 @@ class EngineActor:
         config = from_plain(spec.config)
         secret = begin(f"engine{rank}", spec.worker_id, config, spec.run_dir, spec.redis_url)
         pool = spec.pool_config(config)
-        engine = Engine(config.model, config.cache, pool)
+        load = LoadTeller(RunDir(Path(spec.run_dir)), spec.worker_id if rank == 0 else f"{spec.worker_id}/{rank}")
+        engine = Engine(config.model, config.cache, pool, on_progress=load)
         self._drain_s = config.drain_s
         self._host = EngineHost(
             engine,
@@ -114,7 +118,9 @@ class EngineActor:
             socket_path=socket_path(spec.run_dir, spec.worker_id),
         )
         self._host.start()
-        collector = metrics.StatsCollector("engine", lambda: _stats(self._host.stats()), counters=WORKER_COUNTERS)
+        collector = metrics.StatsCollector(
+            "engine", lambda: {**_stats(self._host.stats()), **load.stats()}, counters=WORKER_COUNTERS
+        )
         self._metrics = metrics.serve([collector], host=config.observability.metrics_host)
         on_sigterm(self._on_sigterm)
         log.info("engine ready", extra={"num_blocks": engine.pool.num_blocks, "metrics": self._metrics.address})

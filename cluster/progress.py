@@ -1,7 +1,8 @@
 """How a starting supervisor tells whoever waits for it: JSON lines through an inherited pipe.
 
-{"event": "begin", "what": ...}, {"event": "done", "what": ..., "seconds": ...}, and last either
-{"event": "ready", "routers": [...]} or {"event": "failed", "message": ...}. A reader that is gone is no error.
+{"event": "begin", "what": ...}, {"event": "done", "what": ..., "seconds": ...}, while models are loaded
+{"event": "load", "engine": ..., "done_bytes": ..., "total_bytes": ...}, and last either {"event": "ready",
+"routers": [...]} or {"event": "failed", "message": ...}. A reader that is gone is no error.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -31,6 +33,11 @@ class Progress:
     def done(self, what: str, seconds: float) -> None:
         """Something is there now."""
         self._tell("done", what=what, seconds=round(seconds, 2))
+
+    def load(self, engine: str, done_bytes: int, total_bytes: int) -> None:
+        """So much of an engine's weights is there; not told while the reader is behind."""
+        if self._descriptor is not None and select.select([], [self._descriptor], [], 0.0)[1]:
+            self._tell("load", engine=engine, done_bytes=done_bytes, total_bytes=total_bytes)
 
     def ready(self, routers: list[str]) -> None:
         """All is there; the last event."""

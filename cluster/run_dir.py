@@ -181,10 +181,20 @@ class RunDir:
         for path in (self.path / "secrets", self.path / "valkey", self.logs):
             path.mkdir(exist_ok=True, mode=0o700)
 
-    def make_socket_dir(self) -> Path:
-        """A private directory whose path is short; the same for the same run directory."""
+    @property
+    def socket_dir(self) -> Path:
+        """Directory of the unix sockets; its path is short, and the same for the same run directory."""
         name = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:10]
-        path = Path(f"/tmp/pdserve-{os.getuid()}-{name}")
+        return Path(f"/tmp/pdserve-{os.getuid()}-{name}")
+
+    @property
+    def load_socket(self) -> Path:
+        """Where the supervisor hears how far the engines have loaded (see `cluster.model_load`)."""
+        return self.socket_dir / "load"
+
+    def make_socket_dir(self) -> Path:
+        """Make `socket_dir`, private."""
+        path = self.socket_dir
         path.mkdir(mode=0o700, exist_ok=True)
         _require_private(path)
         return path

@@ -30,7 +30,7 @@ from typing import Any
 import redis.asyncio
 from redis.exceptions import RedisError
 
-from cluster import logs, metrics
+from cluster import logs, metrics, model_load
 from cluster.children import Child, Children, describe_exit, die_with_parent, end
 from cluster.config import ClusterConfig, from_plain
 from cluster.orders import DeployOrder, OrderError, carry_out
@@ -136,9 +136,10 @@ class Supervisor:
             await self._start_ray()
         began = time.monotonic()
         self._deployed = True
-        async for event in self._driver("up", timeout_s=self._config.start_timeout_s):
-            if event["event"] == "ready":
-                self._note_ready(event, time.monotonic() - began)
+        with model_load.listen(self._run_dir.load_socket, self._progress.load):
+            async for event in self._driver("up", timeout_s=self._config.start_timeout_s):
+                if event["event"] == "ready":
+                    self._note_ready(event, time.monotonic() - began)
         self._state.phase = Phase.READY
         self._save()
         self._progress.ready(self._state.routers)

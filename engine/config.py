@@ -20,6 +20,8 @@ class ModelOptions:
     """Type of weights and KV; auto: float32 on a CPU, the checkpoint's own on a GPU."""
     max_model_len: int | None = None
     """Most tokens of prompt and answer together; default: what the model was trained for."""
+    load_format: Literal["auto", "dummy"] = "auto"
+    """auto: the checkpoint's own weights; dummy: random ones made on the device, for benchmarks (only the header is read)."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -36,8 +38,11 @@ class CacheOptions:
     """Tokens a block."""
     num_blocks: int | None = None
     """Blocks of a worker; default: as many as fit into memory_mib."""
-    memory_mib: int = 512
-    """Memory for KV on a CPU worker, in MiB, when num_blocks is not given."""
+    memory_mib: int | None = None
+    """Memory for KV, in MiB, when num_blocks is not given; default: 512 on a CPU, on a GPU what gpu_memory_share leaves
+    after weights and the measured peak of a step."""
+    gpu_memory_share: float = 0.9
+    """Most of a GPU's memory that one worker uses for weights, work space and KV together, from 0 to 1."""
     prefix_caching: bool = True
     """Keep finished blocks findable by content, so that equal prefixes are computed once."""
 
@@ -46,7 +51,9 @@ class CacheOptions:
             raise ValueError(f"block_size must be 8, 16, 32, 64 or 128, got {self.block_size}")
         if self.num_blocks is not None and self.num_blocks < 2:
             raise ValueError(f"num_blocks must be at least 2, got {self.num_blocks}")
-        if self.memory_mib < 1:
+        if not 0.0 < self.gpu_memory_share <= 1.0:
+            raise ValueError(f"gpu_memory_share must be more than 0 and at most 1, got {self.gpu_memory_share}")
+        if self.memory_mib is not None and self.memory_mib < 1:
             raise ValueError(f"memory_mib must be at least 1, got {self.memory_mib}")
 
 
@@ -58,20 +65,27 @@ class EngineOptions:
     """Where tensors live; auto: a GPU where there is one."""
     threads: int = 1
     """CPU threads an engine process may use for tensor work."""
-    max_step_tokens: int = 512
-    """Most tokens computed in one step: longer prompts are cut into chunks of this size."""
+    max_step_tokens: int | None = None
+    """Most tokens computed in one step: longer prompts are cut into chunks of this size; default: 512 on a CPU, 2,048 on
+    a GPU."""
     max_running: int = 64
     """Most sequences in one step."""
-    attention: Literal["auto", "sdpa"] = "auto"
-    """Attention backend; auto picks one for the device."""
+    attention: Literal["auto", "sdpa", "triton", "flash"] = "auto"
+    """Attention backend. sdpa: torch's own, anywhere; triton: a split-KV kernel for decoding and torch's flash attention
+    for prompts; flash: the same kernel and flash-attn-4 for prompts; auto: the fastest that runs on the device."""
+    overlap: Literal["auto", "on", "off"] = "auto"
+    """Schedule a step while the one before it is still computed; auto: on a GPU."""
+    cuda_graphs: bool = True
+    """Record the steps of common sizes once and replay them; a CPU has none."""
     tensor_parallel: int = 1
     """Ranks of one worker."""
 
     def __post_init__(self) -> None:
         for name in ("threads", "max_step_tokens", "max_running", "tensor_parallel"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_running > self.max_step_tokens:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.max_step_tokens is not None and self.max_running > self.max_step_tokens:
             raise ValueError(
                 f"max_running ({self.max_running}) must not exceed max_step_tokens ({self.max_step_tokens}): "
                 "every running sequence needs one token of a step"

@@ -10,25 +10,19 @@ so a model that lacks a tensor fails at once and not after minutes.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from engine.errors import BrokenModelError, ModelNotFoundError, UnsupportedModelError
 from engine.gguf_file import GgufFile, GgufTensor
 from engine.model_source import ModelKind, ModelSource
-from engine.models.config import Family, ModelConfig, read_json
+from engine.models.config import Family, ModelConfig
+from engine.safetensors_reader import Shapes, Weights, ahead_for, check_contents, read_safetensors
 
 Progress = Callable[[int, int], None]
-Weights = Iterator[tuple[str, torch.Tensor]]
-
-MAX_NAMES_IN_ERROR = 8
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 
 _GGUF_TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _GGUF_LAYER = {
@@ -88,29 +82,44 @@ def iter_weights(
 ) -> Weights:
     """Yield (name, weight) for each of `weight_shapes(config)`, as `dtype` on `device`.
 
-    At most one weight is held here at a time; the caller owns what it was given. A GGUF file is dequantised, and
-    the query and key rows that a Llama GGUF keeps interleaved are put back into Hugging Face order.
-    `on_progress(done, total)` counts weights. Raises BrokenModelError (missing, misshapen or truncated),
+    The caller owns what it was given; on a CPU at most one weight is held here at a time, for a GPU a few are read
+    ahead (see `safetensors_reader`). A GGUF file is dequantised, and the query and key rows that a Llama GGUF keeps
+    interleaved are put back into Hugging Face order. `on_progress(done, total)` counts bytes, see `tell_bytes`.
+    Close the iterator where you stop early. Raises BrokenModelError (missing, misshapen or truncated),
     ModelNotFoundError or UnsupportedModelError.
     """
     shapes = weight_shapes(config)
-    reader = _read_gguf if source.kind is ModelKind.GGUF else _read_safetensors
-    for done, (name, tensor) in enumerate(reader(source.path, config, shapes), start=1):
-        yield name, tensor.to(device=device, dtype=dtype)
-        del tensor
+    device = _with_index(torch.device(device))
+    if source.kind is ModelKind.GGUF:
+        weights = _read_gguf(source.path, config, shapes, dtype=dtype, device=device)
+    else:
+        weights = read_safetensors(source.path, shapes, dtype=dtype, device=device, ahead=ahead_for(device))
+    return tell_bytes(weights, shapes, dtype, on_progress)
+
+
+def tell_bytes(weights: Weights, shapes: Shapes, dtype: torch.dtype, on_progress: Progress | None) -> Weights:
+    """Pass `weights` on; `on_progress(done, total)` hears how many of their bytes, as `dtype`, the caller has taken.
+
+    It hears of 0 bytes first, and of each weight when the next one is asked for.
+    """
+    total = sum(map(math.prod, shapes.values())) * dtype.itemsize
+    done = 0
+    with contextlib.closing(weights):
         if on_progress is not None:
-            on_progress(done, len(shapes))
+            on_progress(done, total)
+        for name, weight in weights:
+            done += weight.nbytes
+            yield name, weight
+            del weight
+            if on_progress is not None:
+                on_progress(done, total)
 
 
-def _check_contents(path: Path, found: dict[str, tuple[int, ...]], shapes: dict[str, tuple[int, ...]]) -> None:
-    missing = [name for name in shapes if name not in found]
-    if missing:
-        listed = ", ".join(missing[:MAX_NAMES_IN_ERROR])
-        more = f" and {len(missing) - MAX_NAMES_IN_ERROR} more" if len(missing) > MAX_NAMES_IN_ERROR else ""
-        raise BrokenModelError(f"{path} lacks {len(missing)} weights: {listed}{more}; fetch the model again")
-    for name, shape in shapes.items():
-        if found[name] != shape:
-            raise BrokenModelError(f"{path}: {name} has shape {found[name]}, but the header asks for {shape}")
+def _with_index(device: torch.device) -> torch.device:
+    """Threads that read have a current GPU of their own, so the caller's is named."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 # ---- GGUF ----
@@ -125,10 +134,10 @@ def _gguf_name(name: str) -> str:
     return f"blk.{layer}.{_GGUF_LAYER[part]}.{suffix}"
 
 
-def _read_gguf(path: Path, config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> Weights:
+def _read_gguf(path: Path, config: ModelConfig, shapes: Shapes, *, dtype: torch.dtype, device: torch.device) -> Weights:
     with GgufFile(path) as file:
         stored = {name: file.tensors.get(_gguf_name(name)) for name in shapes}
-        _check_contents(path, {name: tensor.shape for name, tensor in stored.items() if tensor is not None}, shapes)
+        check_contents(path, {name: tensor.shape for name, tensor in stored.items() if tensor is not None}, shapes)
         for name, tensor in stored.items():
             assert tensor is not None
             weight = _dequantise(file, tensor)
@@ -136,7 +145,7 @@ def _read_gguf(path: Path, config: ModelConfig, shapes: dict[str, tuple[int, ...
                 weight = _deinterleave(weight, config.num_heads)
             elif config.family is Family.LLAMA and ".self_attn.k_proj." in name:
                 weight = _deinterleave(weight, config.num_kv_heads)
-            yield name, weight
+            yield name, weight.to(device=device, dtype=dtype)
             del weight
 
 
@@ -155,51 +164,3 @@ def _deinterleave(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Undo llama.cpp's row order: per head it keeps rows 0, D/2, 1, D/2 + 1, ... of the Hugging Face order."""
     pairs = weight.view(num_heads, weight.shape[0] // num_heads // 2, 2, *weight.shape[1:])
     return pairs.transpose(1, 2).reshape(weight.shape)
-
-
-# ---- safetensors ----
-
-
-def _read_safetensors(path: Path, config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> Weights:
-    with contextlib.ExitStack() as stack:
-        files: dict[str, Any] = {}
-        found: dict[str, tuple[int, ...]] = {}
-        for file_path in _safetensors_files(path):
-            file = stack.enter_context(_open_safetensors(file_path))
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                files[name] = file
-                found[name] = tuple(file.get_slice(name).get_shape())
-        _check_contents(path, found, shapes)
-        for name in shapes:
-            try:
-                weight = files[name].get_tensor(name)
-            except SafetensorError as error:
-                raise BrokenModelError(f"{path}: {name} cannot be read: {error}; fetch the model again") from error
-            if not weight.is_floating_point():
-                raise UnsupportedModelError(f"{path}: {name} has type {weight.dtype}, expected floating point")
-            yield name, weight
-            del weight
-
-
-def _safetensors_files(path: Path) -> list[Path]:
-    if (path / SINGLE_FILE).is_file():
-        return [path / SINGLE_FILE]
-    if not (path / INDEX_FILE).is_file():
-        raise ModelNotFoundError(f"{path} has neither {SINGLE_FILE} nor {INDEX_FILE}")
-    weight_map = read_json(path / INDEX_FILE).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise BrokenModelError(f"{path / INDEX_FILE} has no weight_map from names to files")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if Path(name).name != name:
-            raise BrokenModelError(f"{path / INDEX_FILE} names {name!r}, which is not a file of that directory")
-        if not (path / name).is_file():
-            raise ModelNotFoundError(f"{path} lacks {name}, which {INDEX_FILE} names; fetch the model again")
-    return [path / name for name in names]
-
-
-def _open_safetensors(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise BrokenModelError(f"{path} is broken or truncated: {error}; fetch the model again") from error

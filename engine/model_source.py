@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 from engine.errors import BrokenModelError, ModelError, ModelNotFoundError
 
@@ -39,6 +39,8 @@ _SAMPLE_BYTES = 4096
 _NUM_SAMPLES = 64
 _WHOLE_FILE_BYTES = 4 << 20
 
+LoadFormat = Literal["auto", "dummy"]
+"""Whether the weights are the checkpoint's own or made up (see `ModelOptions.load_format`)."""
 Progress = Callable[[int, int], None]
 
 
@@ -74,10 +76,11 @@ def demo_path() -> Path:
     return cache_dir() / DEMO_FILE
 
 
-def resolve(path: str) -> ModelSource:
+def resolve(path: str, load_format: LoadFormat = "auto") -> ModelSource:
     """The model that `path` names: `demo`, a .gguf file, or a Hugging Face directory.
 
-    Raises ModelNotFoundError where there is nothing of the kind.
+    For dummy weights a directory needs no more than its config.json. Raises ModelNotFoundError where there is
+    nothing of the kind.
     """
     if path == DEMO_NAME:
         file = demo_path()
@@ -86,7 +89,7 @@ def resolve(path: str) -> ModelSource:
         return ModelSource(ModelKind.GGUF, file, file.stem)
     place = Path(path).expanduser()
     if place.is_dir():
-        for needed in ("config.json", "tokenizer.json"):
+        for needed in ("config.json",) if load_format == "dummy" else ("config.json", "tokenizer.json"):
             if not (place / needed).is_file():
                 raise ModelNotFoundError(f"{place} is not a Hugging Face model directory: it has no {needed}")
         return ModelSource(ModelKind.HUGGING_FACE, place, place.resolve().name)
@@ -97,15 +100,20 @@ def resolve(path: str) -> ModelSource:
     return ModelSource(ModelKind.GGUF, place, place.stem)
 
 
-def fingerprint(source: ModelSource) -> str:
+def fingerprint(source: ModelSource, load_format: LoadFormat = "auto") -> str:
     """The model's identity as 32 hexadecimal digits: equal for equal files, wherever they lie.
 
-    Hashes each file's size and samples of its bytes (small files wholly), so it takes milliseconds and
-    tells models apart; it is no proof against deliberate changes between the samples.
+    With dummy weights a directory's config.json is all that counts, and the identity is another one than with
+    weights of its own. Hashes each file's size and samples of its bytes (small files wholly), so it takes
+    milliseconds and tells models apart; it is no proof against deliberate changes between the samples.
     """
     digest = hashlib.sha256()
+    if load_format == "dummy":
+        digest.update(b"dummy\0")
     if source.kind is ModelKind.GGUF:
         files = [source.path]
+    elif load_format == "dummy":
+        files = [source.path / "config.json"]
     else:
         weights = sorted(source.path.glob("*.safetensors"))
         files = [source.path / "config.json", source.path / "tokenizer.json", *weights]

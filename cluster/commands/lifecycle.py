@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from cluster import launch
+from cluster.commands.load_bars import LoadBars
 from cluster.config import ClusterConfig, ConfigError, load_config
 from cluster.run_dir import RunDir
 
@@ -76,17 +77,20 @@ def _load(file: Path) -> ClusterConfig:
 
 def _follow(launched: launch.Launched, run_dir: RunDir) -> list[str]:
     """Show progress to the end; the routers' addresses, or ClickException with the cause."""
-    for event in launched.events:
-        match event["event"]:
-            case "begin":
-                click.echo(f"  ... {event['what']}")
-            case "done":
-                click.echo(f"  ok  {event['what']} ({event['seconds']:.1f} s)")
-            case "ready":
-                return list(event["routers"])
-            case "failed":
-                launched.process.wait(timeout=launch.STOP_MARGIN_S)
-                raise click.ClickException(f"{event['message']}\nLogs: {run_dir.logs}")
+    with LoadBars() as bars:
+        for event in launched.events:
+            match event["event"]:
+                case "begin":
+                    bars.line(f"  ... {event['what']}")
+                case "load":
+                    bars.show(event["engine"], event["done_bytes"], event["total_bytes"])
+                case "done":
+                    bars.line(f"  ok  {event['what']} ({event['seconds']:.1f} s)")
+                case "ready":
+                    return list(event["routers"])
+                case "failed":
+                    launched.process.wait(timeout=launch.STOP_MARGIN_S)
+                    raise click.ClickException(f"{event['message']}\nLogs: {run_dir.logs}")
     raise click.ClickException(f"the supervisor said nothing more; see {run_dir.logs}")
 
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from cluster.model_load import LoadTeller
+from cluster.run_dir import RunDir
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +34,7 @@ class EngineActor:
     def __init__(self, spec: WorkerSpec, rank: int = 0) -> None:
         if spec.config["model"]["name"] == "broken":
             raise ValueError("the model file is broken")
+        LoadTeller(RunDir(Path(spec.run_dir)), spec.worker_id)(3_000_000_000, 8_000_000_000)
         self._names = {"worker_id": spec.worker_id, "rank": rank, "threads": os.environ["OMP_NUM_THREADS"]}
 
     def ready(self) -> dict[str, Any]:

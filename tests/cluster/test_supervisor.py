@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 
 from cluster import launch
 from cluster.cli import main as pdserve
+from cluster.commands import load_bars
 from cluster.ray_node import ray_environment
 from cluster.run_dir import Phase, ProcessRef, RunDir, RunState, session_members
 
@@ -75,9 +76,12 @@ def state(run_dir: RunDir) -> RunState:
     return found
 
 
-def test_up_status_restart_down(run_dir: RunDir, config_file: Path) -> None:
+def test_up_status_restart_down(run_dir: RunDir, config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load_bars, "LINE_EVERY_S", 0.0)
     started = up(config_file)
     assert started.exit_code == 0, started.output
+    for worker in ("prefill-0", "decode-0"):
+        assert f"{worker} has loaded 3.0 of 8.0 GB" in started.output
     first = state(run_dir)
     assert first.phase is Phase.READY
     assert first.routers

@@ -1,3 +1,4 @@
+import itertools
 import json
 import random
 from pathlib import Path
@@ -88,8 +89,21 @@ def test_weights_come_in_the_wanted_type_and_progress_is_told(tmp_path: Path) ->
     )
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     assert {name: tuple(weight.shape) for name, weight in weights.items()} == weight_shapes(config)
-    total = len(weights)
-    assert told == [(done, total) for done in range(1, total + 1)]
+    sizes = [weight.nbytes for weight in weights.values()]
+    assert told == [(done, sum(sizes)) for done in itertools.accumulate(sizes, initial=0)]
+
+
+def test_progress_is_told_of_what_has_been_taken(tmp_path: Path) -> None:
+    source = resolve(str(make_checkpoint(tmp_path, CheckpointFamily.LLAMA, tied=True)))
+    told: list[int] = []
+    weights = iter_weights(
+        source, ModelConfig.load(source), dtype=torch.float32, on_progress=lambda done, total: told.append(done)
+    )
+    _, first = next(weights)
+    assert told == [0]
+    next(weights)
+    assert told == [0, first.nbytes]
+    weights.close()
 
 
 def test_missing_weights_are_named_before_any_is_given(tmp_path: Path) -> None:

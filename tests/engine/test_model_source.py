@@ -161,3 +161,25 @@ def test_the_end_of_a_large_file_counts(tmp_path: Path) -> None:
             file.write(last)
         hashes.add(fingerprint(resolve(str(path))))
     assert len(hashes) == 2
+
+
+def test_dummy_weights_need_a_header_and_nothing_else(tmp_path: Path) -> None:
+    whole = make_checkpoint(tmp_path / "whole", CheckpointFamily.LLAMA, tied=True)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copy(whole / "config.json", tmp_path / name)
+    with pytest.raises(ModelNotFoundError, match=r"has no tokenizer\.json"):
+        resolve(str(tmp_path / "a"))
+    first, second = (resolve(str(tmp_path / name), "dummy") for name in ("a", "b"))
+    assert fingerprint(first, "dummy") == fingerprint(second, "dummy")
+    assert fingerprint(resolve(str(whole)), "dummy") == fingerprint(first, "dummy")
+    assert fingerprint(resolve(str(whole))) != fingerprint(first, "dummy")
+    header = (tmp_path / "b" / "config.json").read_text()
+    (tmp_path / "b" / "config.json").write_text(header.replace('"num_hidden_layers": 3', '"num_hidden_layers": 4'))
+    assert fingerprint(second, "dummy") != fingerprint(first, "dummy")
+
+
+def test_a_gguf_file_with_dummy_weights_is_another_model(tmp_path: Path) -> None:
+    directory = make_checkpoint(tmp_path / "tiny", CheckpointFamily.LLAMA, tied=True)
+    source = resolve(str(make_gguf(tmp_path / "small.gguf", directory)), "dummy")
+    assert fingerprint(source, "dummy") != fingerprint(source)
