@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from engine.api import TokenLogprobs
 from engine.sequence import Sequence
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 OnLayer = Callable[[int, Any], None]
 """Called as on_layer(layer, event) once the work that writes this layer's KV of the step is enqueued;
-`event` marks its completion (None on a CPU: it is complete). Must not block."""
+`event` marks its completion (a torch.cuda.Event; None on a CPU: it is complete). Must not block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +29,23 @@ class ScheduledSequence:
     sequence: Sequence
     start: int
     num_tokens: int
+    samples: bool
+    """Whether this share reaches the sequence's last token, so that a new one is sampled."""
+    life: int = 0
+    """How often the sequence had been preempted when this was scheduled."""
+
+    @classmethod
+    def next_of(cls, sequence: Sequence, num_tokens: int) -> ScheduledSequence:
+        """The sequence's next num_tokens."""
+        start = sequence.num_computed_tokens
+        return cls(
+            sequence, start, num_tokens, start + num_tokens == sequence.num_tokens, life=sequence.num_preemptions
+        )
 
     @property
-    def samples(self) -> bool:
-        """Whether this share reaches the sequence's last token, so that a new one is sampled."""
-        return self.start + self.num_tokens == self.sequence.num_tokens
+    def stop(self) -> int:
+        """Tokens computed once this is done, and the place of the token it samples."""
+        return self.start + self.num_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,21 +75,54 @@ class StepResult:
     sampled: list[SampledToken | None] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """The lengths of a step's sequences and their blocks; numpy, int64, on the CPU."""
+
+    query_starts: np.ndarray  # [num_seqs + 1], half-open ranges into the step's tokens
+    context_lens: np.ndarray  # [num_seqs], tokens of KV a sequence has after this step's writes
+    block_ids: np.ndarray  # [any], the blocks that hold each sequence's context, one sequence after the other
+    block_starts: np.ndarray  # [num_seqs + 1], half-open ranges into block_ids
+
+    @property
+    def num_seqs(self) -> int:
+        """Sequences of the step."""
+        return len(self.context_lens)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the step."""
+        return int(self.query_starts[-1])
+
+    @property
+    def num_decode(self) -> int:
+        """Sequences before the first that has more than one token."""
+        longer = np.flatnonzero(np.diff(self.query_starts) != 1)
+        return int(longer[0]) if len(longer) else self.num_seqs
+
+    def blocks_of(self, index: int) -> np.ndarray:
+        """The blocks of one sequence's context."""
+        return self.block_ids[self.block_starts[index] : self.block_starts[index + 1]]
+
+
 @dataclass(slots=True)
 class Batch:
     """A step as tensors, on the engine's device.
 
-    num_rows >= num_tokens: rows may be padded to what the matrix kernels like best; padding comes
-    last, writes no KV and is never sampled.
+    num_rows >= num_tokens: rows may be padded to what the matrix kernels like best or to what a recorded step was made
+    for; padding comes last, writes no KV and is never sampled. The first num_decode sequences have one token each.
+    Ids are int64 on a CPU, as torch's indexing wants them, and int32 on a GPU.
     """
 
-    token_ids: torch.Tensor  # [num_rows] int64
-    positions: torch.Tensor  # [num_rows] int64, place in the sequence
-    slot_ids: torch.Tensor  # [num_tokens] int64, block_id * block_size + offset, where KV is written
-    query_starts: list[int]  # [num_seqs + 1], half-open ranges into num_tokens
-    context_lens: list[int]  # [num_seqs], tokens of KV a sequence has after this step's writes
-    block_ids: list[list[int]]  # [num_seqs][blocks of the sequence]
-    sample_indices: torch.Tensor  # [num_samples, padded with its last entry] int64, rows whose logits are needed
+    token_ids: torch.Tensor  # [num_rows]; what stands where sources says so does not matter
+    sources: torch.Tensor  # [num_rows], the row of `previous` whose token this is, or -1: token_ids has it
+    previous: torch.Tensor  # [any, 2] int64, what the step before chose (see sampler.Choices)
+    positions: torch.Tensor  # [num_rows], place in the sequence
+    slot_ids: torch.Tensor  # [num_rows], block_id * block_size + offset, where KV is written; -1: nowhere
+    sample_indices: torch.Tensor  # [num_samples, padded with its last entry], rows whose logits are needed
+    shape: StepShape
+    every_row_samples: bool = False
+    """Whether sample_indices are all rows in order."""
     on_layer: OnLayer | None = None
-    scratch: dict[str, Any] = field(default_factory=dict)
+    scratch: Any = None
     """What the attention backend's plan() leaves for its forward()."""

@@ -45,23 +45,23 @@ class Engine:
         *,
         on_progress: OnProgress | None = None,
     ) -> None:
-        """Load the model (on_progress hears weights done, weights in all) and set up the cache.
+        """Load the model (on_progress hears bytes of weights done, bytes in all) and set up the cache.
 
-        Raises ModelError for a model that cannot be used.
+        Raises ModelError for a model that cannot be used, CapacityError where memory does not suffice.
         """
         cache = cache or CacheOptions()
         options = options or EngineOptions()
         self.runner = ModelRunner(model, cache, options, on_progress=on_progress)
         num_blocks = self.runner.kv_cache.num_blocks
         self.max_model_len = min(self.runner.max_model_len, num_blocks * cache.block_size)
-        self.model_hash = fingerprint(self.runner.source)
+        self.model_hash = fingerprint(self.runner.source, model.load_format)
         dtype = str(self.runner.dtype).removeprefix("torch.")
         self.pool = BlockPool(num_blocks, prefix_caching=cache.prefix_caching)
         self.scheduler = Scheduler(
             self.pool,
             block_size=cache.block_size,
             root_hash=root_hash(self.model_hash, dtype, cache.block_size),
-            max_step_tokens=options.max_step_tokens,
+            max_step_tokens=self.runner.max_step_tokens,
             max_running=options.max_running,
             max_model_len=self.max_model_len,
             eos_token_ids=self.runner.config.eos_token_ids,

@@ -1,8 +1,9 @@
 """Where keys and values lie: one tensor for all layers, cut into blocks of slots.
 
 Shapes: data is [num_layers, 2 (key, value), num_kv_heads, num_blocks * block_size, head_dim], and
-slot = block_id * block_size + offset. Heads come before slots, so that attention reads a sequence whose
-blocks are consecutive in place and without a stride.
+slot = block_id * block_size + offset. On a CPU heads come before slots in memory, so that attention reads a sequence
+whose blocks are consecutive in place and without a stride; on a GPU slots come before heads, as flash attention wants
+its pages, so there `data` is a view with strides.
 
 Which block belongs to whom is the block pool's affair; here slots are only checked to exist. The engine's
 thread reads and writes; transfer threads call `gather` and `scatter` on slots that nobody
@@ -43,9 +44,12 @@ class KVCache:
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         num_slots = num_blocks * block_size
-        self.data = torch.empty(num_layers, 2, num_kv_heads, num_slots, head_dim, dtype=dtype, device=device)
+        if device.type == "cpu":
+            self.data = torch.empty(num_layers, 2, num_kv_heads, num_slots, head_dim, dtype=dtype, device=device)
+        else:
+            memory = torch.empty(num_layers, 2, num_slots, num_kv_heads, head_dim, dtype=dtype, device=device)
+            self.data = memory.transpose(2, 3)
         self._layers: list[torch.Tensor] = list(self.data)
-        self._planes: list[torch.Tensor] = list(self.data.view(num_layers, 2 * num_kv_heads, num_slots, head_dim))
 
     @property
     def num_slots(self) -> int:
@@ -57,19 +61,24 @@ class KVCache:
         """Memory of one block over all layers."""
         return int(self.data.nbytes) // self.num_blocks
 
+    def layer(self, layer: int) -> torch.Tensor:
+        """A layer's keys and values, in place: [2, num_kv_heads, num_slots, head_dim]."""
+        return self._layers[layer]
+
+    def pages(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """On a GPU: a layer's keys and values, in place, each [num_blocks, block_size, num_kv_heads, head_dim]."""
+        shape = (2, self.num_blocks, self.block_size, self.num_kv_heads, self.head_dim)
+        keys, values = self._layers[layer].transpose(1, 2).view(shape)
+        return keys, values
+
     def read(self, layer: int, first_slot: int, num_tokens: int) -> torch.Tensor:
         """A layer's keys and values in consecutive slots, in place: [2, num_kv_heads, num_tokens, head_dim]."""
         return self._layers[layer][:, :, first_slot : first_slot + num_tokens]
 
     def read_blocks(self, layer: int, block_ids: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """A copy of a layer's first num_tokens keys and values in any blocks, in the shape that `read` gives."""
-        by_block = self._planes[layer].view(2 * self.num_kv_heads, self.num_blocks, self.block_size * self.head_dim)
-        found = by_block.index_select(1, block_ids)
-        return found.view(2, self.num_kv_heads, -1, self.head_dim)[:, :, :num_tokens]
-
-    def write(self, layer: int, slot_ids: torch.Tensor, heads: torch.Tensor) -> None:
-        """Store a layer's keys, then values, heads [num_tokens, 2 * num_kv_heads, head_dim], in slots [num_tokens]."""
-        self._planes[layer].index_copy_(1, slot_ids, heads.transpose(0, 1))
+        by_block = self._layers[layer].unflatten(2, (self.num_blocks, self.block_size))
+        return by_block.index_select(2, block_ids).flatten(2, 3)[:, :, :num_tokens]
 
     @torch.inference_mode()
     def gather(self, first_layer: int, num_layers: int, slot_ids: Sequence[int], out: torch.Tensor) -> None:
@@ -106,19 +115,6 @@ class KVCache:
         return self.data[first_layer : first_layer + num_layers], index
 
 
-def blocks_for(cache: CacheOptions, config: ModelConfig, dtype: torch.dtype, num_kv_heads: int | None = None) -> int:
-    """How many blocks a worker has: as configured, else as many as fit into the configured memory.
-
-    num_kv_heads: those of one rank, default all. Raises CapacityError if fewer than two fit.
-    """
-    if cache.num_blocks is not None:
-        return cache.num_blocks
-    heads = config.num_kv_heads if num_kv_heads is None else num_kv_heads
-    block_bytes = 2 * config.num_layers * cache.block_size * heads * config.head_dim * dtype.itemsize
-    num_blocks = (cache.memory_mib << 20) // block_bytes
-    if num_blocks < MIN_BLOCKS:
-        raise CapacityError(
-            f"memory_mib ({cache.memory_mib}) has room for {num_blocks} KV blocks of {block_bytes} bytes; "
-            f"at least {MIN_BLOCKS} are needed"
-        )
-    return num_blocks
+def bytes_per_block(config: ModelConfig, num_kv_heads: int, block_size: int, dtype: torch.dtype) -> int:
+    """Memory of one block over all layers, with num_kv_heads of one rank."""
+    return 2 * config.num_layers * block_size * num_kv_heads * config.head_dim * dtype.itemsize

@@ -6,6 +6,9 @@ Everything that touches sequences or blocks happens on this thread; other thread
 with `post` (no answer) or `call` (a Future). A function that fails harms nobody else: `post` logs
 it, `call` carries the error to its Future. A step that fails ends the sequences of the engine with
 FAILED, and the loop goes on. While there is nothing to compute the thread sleeps on its inbox.
+
+Where the runner computes on its own (a GPU), the loop runs ahead of it: it schedules and launches the next step while
+the present one is computed, and takes in each step's tokens one step later, so the GPU never waits for Python.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Protocol, TypeVar
@@ -30,11 +34,22 @@ StepHook = Callable[[StepPlan], OnLayer | None]
 """Called before each step with its plan; what it returns is called as each layer's KV is written."""
 
 
+class StepUnderWay(Protocol):
+    """A step that is being computed."""
+
+    def result(self) -> StepResult:
+        """Wait for its end; its outcome, or the error that ended it."""
+
+
 class Runner(Protocol):
     """What the loop asks of a model runner."""
 
-    def run(self, plan: StepPlan, on_layer: OnLayer | None = None) -> StepResult:
-        """Compute a step."""
+    @property
+    def run_ahead(self) -> int:
+        """Steps that may be launched before the one before them is done: 0 or 1."""
+
+    def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> StepUnderWay:
+        """Begin to compute a step; steps are computed in the order of their launches."""
 
 
 class EngineLoop:
@@ -47,6 +62,7 @@ class EngineLoop:
         self.on_idle: Callable[[], None] | None = None
         """Called when there is nothing to compute, before the thread sleeps."""
         self._runner = runner
+        self._under_way: deque[tuple[StepPlan, StepUnderWay]] = deque()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
 
@@ -81,16 +97,18 @@ class EngineLoop:
 
     def step(self) -> bool:
         """Schedule, run, update: one step. False if there was nothing to compute."""
-        num_tokens = 0
         try:
             plan = self.scheduler.schedule()
-            if plan is None:
+            if plan is not None:
+                on_layer = self.step_hook(plan) if self.step_hook is not None else None
+                self._under_way.append((plan, self._runner.launch(plan, on_layer)))
+            if not self._under_way:
                 return False
-            num_tokens = plan.num_tokens
-            on_layer = self.step_hook(plan) if self.step_hook is not None else None
-            emitted = self.scheduler.update(plan, self._runner.run(plan, on_layer))
+            ahead = self._runner.run_ahead if plan is not None else 0
+            emitted = self._update() if len(self._under_way) > ahead else []
         except Exception as error:
-            log.exception("a step of %d tokens failed", num_tokens)
+            log.exception("a step failed")
+            self._under_way.clear()
             emitted = self.scheduler.fail_all(f"a step failed: {error}")
         if emitted and self.on_step is not None:
             try:
@@ -98,6 +116,11 @@ class EngineLoop:
             except Exception:
                 log.exception("handing on the tokens of a step failed")
         return True
+
+    def _update(self) -> list[Emitted]:
+        """Wait for the oldest step under way and take in its tokens."""
+        plan, step = self._under_way.popleft()
+        return self.scheduler.update(plan, step.result())
 
     def _run(self) -> None:
         idle = True

@@ -1,26 +1,80 @@
-"""From logits to tokens.
+"""From logits to tokens, on the device that has the logits.
 
 Order: minimum length, penalties, [log-probabilities are taken here,] temperature, top-k, top-p, min-p; then
 one uniform number picks from the cumulative distribution. The number is a hash of (seed, position in the
 sequence), so any worker that has the same logits goes on in the same way.
 
-A greedy row is the lowest index of the largest logit. A step in which all rows are greedy and plain costs one
-reduction; other work is done for the rows that need it alone.
+A greedy row is the lowest index of the largest logit. Rows that ask for nothing else cost one reduction over all of
+them; other work is done for the rows that need it alone. Nothing here waits for a GPU: what a step chose is read from
+`Sampled`, and the next step finds it on the device (`choices`).
+
+Shapes: choices [num_rows, 2] int64: the token, and 1 if its row had a finite largest logit and no NaN, else 0.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 import torch
 
 from engine.api import SamplingParams, TokenLogprobs
-from engine.batch import SampledToken
+from engine.batch import SampledToken, ScheduledSequence
 from engine.errors import EngineError
-from engine.sequence import Sequence
+from engine.sequence import PENDING
+from engine.upload import Download, upload
 
+MAX_SPECIAL = 32
+"""Rows that ask for more than their largest logit are worked on so many at a time, to bound their memory."""
 _MASK = 2**64 - 1
+
+
+def choose_greedy(logits: torch.Tensor, choices: torch.Tensor) -> None:
+    """Fill choices [num_rows, 2] with the lowest index of each row's largest logit [num_rows, vocab_size]."""
+    if logits.is_cuda:
+        from engine.kernels.rows import greedy
+
+        greedy(logits, choices)
+    else:
+        best, chosen = logits.max(dim=-1)
+        choices[:, 0] = chosen
+        choices[:, 1] = torch.isfinite(best)
+
+
+@dataclass(frozen=True, slots=True)
+class _Logprobs:
+    """Log-probabilities of some rows of a step, on their way to the CPU."""
+
+    rows: list[int]
+    counts: list[int]
+    """Alternatives each row wants."""
+    own: Download  # [num_rows]
+    values: Download  # [num_rows, most wanted]
+    token_ids: Download  # [num_rows, most wanted]
+
+
+class Sampled:
+    """What a step chose, on its way to the CPU."""
+
+    def __init__(self, choices: torch.Tensor, shares: Seq[ScheduledSequence], logprobs: Seq[_Logprobs]) -> None:
+        self._choices = Download(choices)
+        self._shares = shares
+        self._logprobs = logprobs
+
+    def wait(self) -> list[SampledToken]:
+        """One token a share; EngineError if a row had no finite largest logit."""
+        chosen = self._choices.wait().tolist()
+        for share, (_, usable) in zip(self._shares, chosen, strict=True):
+            if not usable:
+                raise EngineError(f"the logits of request {share.sequence.request.request_id} are not finite")
+        found: dict[int, TokenLogprobs] = {}
+        for wanted in self._logprobs:
+            own, values, ids = (part.wait().tolist() for part in (wanted.own, wanted.values, wanted.token_ids))
+            for index, (row, count) in enumerate(zip(wanted.rows, wanted.counts, strict=True)):
+                top = tuple(zip(ids[index][:count], values[index][:count], strict=True))
+                found[row] = TokenLogprobs(chosen[row][0], own[index], top)
+        return [SampledToken(token_id, found.get(row)) for row, (token_id, _) in enumerate(chosen)]
 
 
 class Sampler:
@@ -29,99 +83,152 @@ class Sampler:
     def __init__(self, eos_token_ids: Seq[int]) -> None:
         self._eos_token_ids = tuple(eos_token_ids)
 
-    def sample(self, logits: torch.Tensor, sequences: Seq[Sequence]) -> list[SampledToken]:
-        """Logits [num_seqs, vocab_size] float32, changed in place by penalties -> one token a sequence.
+    def sample(
+        self,
+        logits: torch.Tensor,
+        shares: Seq[ScheduledSequence],
+        token_ids: torch.Tensor,
+        rows: Seq[int],
+        choices: torch.Tensor,
+    ) -> Sampled:
+        """Choose for every row of logits [num_shares, vocab_size], which are left as they are.
 
-        Raises EngineError if a row has no finite largest logit.
+        choices [num_shares, 2] has each row's greedy choice and is overwritten where more is asked for; the token before
+        the one to choose is token_ids[rows[share]] [int64].
         """
-        for row, sequence in zip(logits, sequences, strict=True):
-            self._penalise(row, sequence)
-        best, chosen = logits.max(dim=-1)
-        for row, sequence in enumerate(sequences):
-            if sequence.request.params.temperature > 0:
-                chosen[row] = _draw(logits[row], sequence)
-        finite = torch.isfinite(best)
-        token_ids, usable = torch.stack((chosen, finite.long())).tolist()
-        for sequence, good in zip(sequences, usable, strict=True):
-            if not good:
-                raise EngineError(f"the logits of request {sequence.request.request_id} are not finite")
-        return [
-            SampledToken(token_id, _logprobs(logits[row], token_id, sequence.request.params.logprobs))
-            for row, (token_id, sequence) in enumerate(zip(token_ids, sequences, strict=True))
-        ]
+        special = [index for index, share in enumerate(shares) if self._is_special(share)]
+        logprobs: list[_Logprobs] = []
+        for first in range(0, len(special), MAX_SPECIAL):
+            some = special[first : first + MAX_SPECIAL]
+            places = upload(some, torch.int64, logits.device)
+            scores = logits.index_select(0, places).float()
+            for row, index in zip(scores, some, strict=True):
+                self._penalise(row, shares[index], token_ids[rows[index] : rows[index] + 1])
+            chosen = _choose([shares[index] for index in some], scores)
+            choices.index_copy_(0, places, chosen)
+            logprobs += _take_logprobs(scores, chosen[:, 0], some, shares)
+        return Sampled(choices, shares, logprobs)
 
-    def _penalise(self, row: torch.Tensor, sequence: Sequence) -> None:
-        """Apply minimum length and penalties to one row [vocab_size] in place."""
-        params = sequence.request.params
-        if sequence.num_generated_tokens < params.min_tokens:
+    def _is_special(self, share: ScheduledSequence) -> bool:
+        """Whether a row asks for anything but its largest logit."""
+        params = share.sequence.request.params
+        penalised = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
+        return bool(params.temperature > 0 or params.logprobs is not None or penalised or _too_short(share))
+
+    def _penalise(self, row: torch.Tensor, share: ScheduledSequence, last: torch.Tensor) -> None:
+        """Apply minimum length and penalties to one row [vocab_size] in place; last [1] is the token before."""
+        sequence, params = share.sequence, share.sequence.request.params
+        if _too_short(share):
             ends = params.stop_token_ids if params.ignore_eos else (*self._eos_token_ids, *params.stop_token_ids)
             inside = [token_id for token_id in ends if 0 <= token_id < row.shape[0]]
-            row[inside] = -torch.inf
+            row.index_fill_(0, upload(inside, torch.int64, row.device), -torch.inf)
         if params.repetition_penalty != 1.0:
-            seen = torch.tensor(sorted(set(sequence.token_ids)), device=row.device)
-            values = row[seen]
-            penalty = params.repetition_penalty
+            seen = _seen(sequence.token_ids[: share.stop], last)
+            values, penalty = row[seen], params.repetition_penalty
             row[seen] = torch.where(values > 0, values / penalty, values * penalty)
-        if (params.presence_penalty or params.frequency_penalty) and sequence.num_generated_tokens:
-            occurrences = Counter(sequence.token_ids[sequence.num_prompt_tokens :])
-            seen = torch.tensor(list(occurrences), device=row.device)
-            counts = torch.tensor(list(occurrences.values()), device=row.device)
-            row[seen] -= params.presence_penalty + params.frequency_penalty * counts
+        generated = sequence.token_ids[sequence.num_prompt_tokens : share.stop]
+        if (params.presence_penalty or params.frequency_penalty) and generated:
+            occurrences = Counter(token for token in generated if token != PENDING)
+            counts = torch.zeros_like(row)
+            counts[upload(list(occurrences), torch.int64, row.device)] = upload(
+                list(occurrences.values()), row.dtype, row.device
+            )
+            if generated[-1] == PENDING:
+                counts.index_add_(0, last, torch.ones_like(last, dtype=row.dtype))
+            row -= params.presence_penalty * (counts > 0) + params.frequency_penalty * counts
 
 
-def _draw(row: torch.Tensor, sequence: Sequence) -> torch.Tensor:
-    """One token from a row [vocab_size], as a 0-dimensional tensor."""
-    params = sequence.request.params
-    token_ids, probabilities = candidates(row, params)
-    cumulative = probabilities.cumsum(0)
-    point = uniform(params.seed, sequence.num_tokens) * cumulative[-1:]
-    index = torch.searchsorted(cumulative, point, right=True).clamp_(max=token_ids.shape[0] - 1)
-    return token_ids[index[0]]
+def _too_short(share: ScheduledSequence) -> bool:
+    return share.stop - share.sequence.num_prompt_tokens < share.sequence.request.params.min_tokens
 
 
-def candidates(row: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens that may be drawn, in order of id, and their probabilities (float64, not normalised).
+def _seen(token_ids: list[int], last: torch.Tensor) -> torch.Tensor:
+    """The different ones of these tokens, on the device; the last of them may be known there alone."""
+    known = upload(sorted(set(token_ids) - {PENDING}), torch.int64, last.device)
+    return torch.cat((known, last)) if token_ids[-1] == PENDING else known
+
+
+def _choose(shares: Seq[ScheduledSequence], scores: torch.Tensor) -> torch.Tensor:
+    """The choices [num_shares, 2] for penalised scores [num_shares, vocab_size]."""
+    best, chosen = scores.max(dim=-1)
+    drawn = [row for row, share in enumerate(shares) if share.sequence.request.params.temperature > 0]
+    if drawn:
+        rows = upload(drawn, torch.int64, scores.device)
+        params = [shares[row].sequence.request.params for row in drawn]
+        numbers = [uniform(each.seed, shares[row].stop) for each, row in zip(params, drawn, strict=True)]
+        cumulative = candidates(scores.index_select(0, rows), params).cumsum(-1)
+        total = cumulative[:, -1:].contiguous()
+        points = upload(numbers, torch.float64, scores.device)[:, None] * total
+        index = torch.searchsorted(cumulative, points, right=True)
+        last = torch.searchsorted(cumulative, total)  # rounding may put a point at the very end
+        chosen.index_copy_(0, rows, torch.minimum(index, last).clamp_(max=scores.shape[1] - 1).squeeze(1))
+    return torch.stack((chosen, torch.isfinite(best).long()), dim=1)
+
+
+def candidates(scores: torch.Tensor, params: Seq[SamplingParams]) -> torch.Tensor:
+    """The probabilities (float64, not normalised) of scores [num_rows, vocab_size]; 0: the token may not be drawn.
 
     As transformers does: each filter works on what the one before it left; of equals at a limit, top-k keeps all,
     top-p those with lower ids.
     """
-    scores = row.double() / params.temperature
-    token_ids = torch.arange(row.shape[0], device=row.device)
-    if 0 < params.top_k < row.shape[0]:
-        threshold = scores.topk(params.top_k).values[-1]
-        token_ids = (scores >= threshold).nonzero().squeeze(1)
-        scores = scores[token_ids]
-    probabilities = torch.softmax(scores, dim=0)
-    if params.top_p < 1.0:
-        token_ids, probabilities = _nucleus(token_ids, probabilities, params.top_p)
-    if params.min_p > 0.0:
-        kept = (probabilities >= params.min_p * probabilities.max()).nonzero().squeeze(1)
-        token_ids, probabilities = token_ids[kept], probabilities[kept]
-    return token_ids, probabilities
+    device, vocab_size = scores.device, scores.shape[1]
+
+    def column(name: str) -> torch.Tensor:
+        return upload([getattr(each, name) for each in params], torch.float64, device)[:, None]
+
+    scores = scores.double() / column("temperature")
+    top_k = [each.top_k if 0 < each.top_k < vocab_size else vocab_size for each in params]
+    cut = [row for row, count in enumerate(top_k) if count < vocab_size]
+    if cut:
+        rows = upload(cut, torch.int64, device)
+        some = scores.index_select(0, rows)
+        places = upload([top_k[row] - 1 for row in cut], torch.int64, device)[:, None]
+        limits = some.topk(max(top_k[row] for row in cut)).values.gather(1, places)
+        scores.index_copy_(0, rows, some.masked_fill(some < limits, -torch.inf))
+    probabilities = torch.softmax(scores, dim=-1)
+    if any(each.top_p < 1.0 for each in params):
+        probabilities = _nucleus(probabilities, column("top_p"))
+    if any(each.min_p > 0.0 for each in params):
+        limit = column("min_p") * probabilities.amax(-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < limit, 0.0)
+    return probabilities
 
 
-def _nucleus(token_ids: torch.Tensor, probabilities: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The likeliest tokens that together reach top_p (Holtzman et al., https://arxiv.org/abs/1904.09751).
+def _nucleus(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """Keep the likeliest tokens that together reach top_p [num_rows, 1]
+    (Holtzman et al., https://arxiv.org/abs/1904.09751); the others become 0.
 
-    Tokens below (1 - top_p) / count cannot be among them, for together they have less than 1 - top_p: leaving them
-    out first makes the sort short.
+    Tokens below (1 - top_p) / vocab_size cannot be among them, for together they have less than 1 - top_p. On a CPU
+    leaving them out first makes the sort short; a GPU would have to be waited for.
     """
-    kept = (probabilities >= (1.0 - top_p) / probabilities.shape[0]).nonzero().squeeze(1)
-    token_ids, probabilities = token_ids[kept], probabilities[kept]
-    order = probabilities.argsort(descending=True, stable=True)
-    before = probabilities[order].cumsum(0) - probabilities[order]
-    kept = order[before < top_p].sort().values
-    return token_ids[kept], probabilities[kept]
+    columns = None
+    some = probabilities
+    if not probabilities.is_cuda:
+        columns = (probabilities >= (1.0 - top_p) / probabilities.shape[1]).any(0).nonzero().squeeze(1)
+        some = probabilities.index_select(1, columns)
+    ordered, order = some.sort(dim=-1, descending=True, stable=True)
+    kept = (ordered.cumsum(-1) - ordered < top_p) | (top_p >= 1.0)
+    some = torch.zeros_like(some).scatter_(1, order, ordered.masked_fill(~kept, 0.0))
+    return some if columns is None else torch.zeros_like(probabilities).index_copy_(1, columns, some)
 
 
-def _logprobs(row: torch.Tensor, token_id: int, num_top: int | None) -> TokenLogprobs | None:
-    """Log-probabilities of the chosen token and of the num_top likeliest; None if none are wanted."""
-    if num_top is None:
-        return None
-    logprobs = torch.log_softmax(row, dim=0)
-    values, ids = logprobs.topk(min(num_top, row.shape[0]))
-    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenLogprobs(token_id, float(logprobs[token_id]), top)
+def _take_logprobs(
+    scores: torch.Tensor, chosen: torch.Tensor, special: list[int], shares: Seq[ScheduledSequence]
+) -> list[_Logprobs]:
+    """Natural-log probabilities of the rows that want them; scores and chosen have the `special` rows of a step."""
+    wanted = [
+        (index, row, params.logprobs)
+        for index, row in enumerate(special)
+        if (params := shares[row].sequence.request.params).logprobs is not None
+    ]
+    if not wanted:
+        return []
+    indices = upload([index for index, _, _ in wanted], torch.int64, scores.device)
+    counts = [min(count or 0, scores.shape[1]) for _, _, count in wanted]
+    logprobs = torch.log_softmax(scores.index_select(0, indices), dim=-1)
+    own = logprobs.gather(1, chosen.index_select(0, indices)[:, None]).squeeze(1)
+    values, token_ids = logprobs.topk(max(counts))
+    return [_Logprobs([row for _, row, _ in wanted], counts, Download(own), Download(values), Download(token_ids))]
 
 
 def uniform(seed: int, position: int) -> float:

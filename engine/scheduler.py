@@ -12,6 +12,10 @@ Progress: a sequence is admitted only when all its known tokens have blocks, `ma
 the whole pool, and a sequence takes blocks only from those behind it in order (running, or waiting
 with KV that was received). So the first in order always runs to its end, and gives its blocks back.
 
+Running ahead: `schedule` may be called again before the step it gave out last is done. It counts that step as done,
+with a PENDING token where one is sampled; `update` puts the real token there, in order of the steps. A sequence whose
+end only the real token can tell (end of sequence, a stop token) is then computed one step too far, and that is dropped.
+
 The engine loop's thread calls everything here.
 """
 
@@ -25,7 +29,7 @@ from engine.api import EngineStats, FinishReason, TokenLogprobs, TokenOutput
 from engine.batch import ScheduledSequence, StepPlan, StepResult
 from engine.block_hash import chain_hash
 from engine.block_pool import BlockPool
-from engine.sequence import Sequence, SequenceStatus
+from engine.sequence import PENDING, Sequence, SequenceStatus
 
 MAX_PREEMPTIONS = 3
 """After this many a sequence is protected."""
@@ -94,9 +98,10 @@ class Scheduler:
         """Blocks that hold so many tokens."""
         return -(-num_tokens // self.block_size)
 
-    def publish(self, sequence: Sequence) -> None:
-        """Make the sequence's full, computed blocks findable."""
-        full = sequence.num_computed_tokens // self.block_size
+    def publish(self, sequence: Sequence, num_computed_tokens: int | None = None) -> None:
+        """Make the sequence's full blocks findable, up to the tokens that are computed (default: all it counts)."""
+        computed = sequence.num_computed_tokens if num_computed_tokens is None else num_computed_tokens
+        full = computed // self.block_size
         if full > sequence.num_hashed_blocks:
             self._extend_hashes(sequence)
             for index in range(sequence.num_hashed_blocks, full):
@@ -112,34 +117,39 @@ class Scheduler:
         for sequence in sorted(self._running, key=lambda item: (item.num_missing_tokens > 1, *_order(item))):
             if budget == 0:
                 break
-            if sequence.status is not SequenceStatus.RUNNING:
-                continue  # preempted a moment ago
+            if sequence.status is not SequenceStatus.RUNNING or self._awaits_its_last(sequence):
+                continue  # preempted a moment ago, or nothing is left but to read a token
             count = min(sequence.num_missing_tokens, budget)
             if self._ensure_blocks(sequence, count, shares):
-                shares[sequence] = ScheduledSequence(sequence, sequence.num_computed_tokens, count)
+                shares[sequence] = ScheduledSequence.next_of(sequence, count)
                 budget = self._max_step_tokens - sum(share.num_tokens for share in shares.values())
         while budget > 0 and self._waiting and len(self._running) < self._max_running:
             sequence = self._waiting[0]
-            if not self._admit(sequence):
+            if self._awaits_its_last(sequence) or not self._admit(sequence):
                 break
             count = min(sequence.num_missing_tokens, budget)
-            shares[sequence] = ScheduledSequence(sequence, sequence.num_computed_tokens, count)
+            shares[sequence] = ScheduledSequence.next_of(sequence, count)
             budget -= count
+        for share in shares.values():
+            _count_as_done(share)
         return StepPlan(tuple(shares.values())) if shares else None
 
     def update(self, plan: StepPlan, result: StepResult) -> list[Emitted]:
-        """Take in a step's outcome; sequences aborted meanwhile are passed over."""
+        """Take in the outcome of the oldest step under way; sequences that ended meanwhile are passed over."""
         emitted: list[Emitted] = []
         self._stats.steps += 1
         for share, sampled in zip(plan.shares, result.sampled, strict=True):
             sequence = share.sequence
-            if sequence.status is not SequenceStatus.RUNNING:
+            if sequence.status is SequenceStatus.FINISHED:
                 continue
-            sequence.num_computed_tokens += share.num_tokens
             self._stats.computed_tokens += share.num_tokens
-            self.publish(sequence)
             if sampled is not None:
-                emitted.append((sequence, self._append(sequence, sampled.token_id, sampled.logprobs)))
+                sequence.token_ids[share.stop] = sampled.token_id
+                sequence.num_pending -= 1
+            if share.life == sequence.num_preemptions:  # else its blocks are gone
+                self.publish(sequence, share.stop)
+            if sampled is not None:
+                emitted.append((sequence, self._emit(share, sampled.token_id, sampled.logprobs)))
         return emitted
 
     def fail_all(self, reason: str) -> list[Emitted]:
@@ -219,12 +229,12 @@ class Scheduler:
         self.release(sequence)
         sequence.num_computed_tokens = sequence.num_cached_tokens = sequence.num_hashed_blocks = 0
 
-    def _append(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> TokenOutput:
-        """Add a sampled token; end the sequence if it was its last."""
-        offset = sequence.num_generated_tokens
-        sequence.token_ids.append(token_id)
+    def _emit(self, share: ScheduledSequence, token_id: int, logprobs: TokenLogprobs | None) -> TokenOutput:
+        """Tell of a sampled token; end the sequence if it was its last."""
+        sequence = share.sequence
+        offset = share.stop - sequence.num_prompt_tokens
         self._stats.generated_tokens += 1
-        finish = self._finish_reason(sequence, token_id)
+        finish = self._finish_reason(sequence, token_id, offset + 1)
         if finish is not None or sequence.prefill_only:
             self._leave(sequence)
             self._finish(sequence, finish)
@@ -238,16 +248,26 @@ class Scheduler:
             num_cached_tokens=sequence.num_cached_tokens,
         )
 
-    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+    def _finish_reason(self, sequence: Sequence, token_id: int, num_generated: int) -> FinishReason | None:
+        """How the sequence ends with this token, its num_generated-th; None: it goes on."""
         params = sequence.request.params
-        if sequence.num_generated_tokens >= params.min_tokens:
+        if num_generated >= params.min_tokens:
             if token_id in params.stop_token_ids:
                 return FinishReason.STOP
             if token_id in self._eos_token_ids and not params.ignore_eos:
                 return FinishReason.EOS
-        if sequence.num_generated_tokens >= params.max_tokens or sequence.num_tokens >= self._max_model_len:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if self._is_full(sequence, num_generated) else None
+
+    def _is_full(self, sequence: Sequence, num_generated: int) -> bool:
+        """Whether so many generated tokens are all the sequence can have."""
+        num_tokens = sequence.num_prompt_tokens + num_generated
+        return num_generated >= sequence.request.params.max_tokens or num_tokens >= self._max_model_len
+
+    def _awaits_its_last(self, sequence: Sequence) -> bool:
+        """Whether a step under way samples the sequence's last token, whatever it is."""
+        if sequence.num_pending == 0:
+            return False
+        return sequence.prefill_only or self._is_full(sequence, sequence.num_generated_tokens)
 
     def _leave(self, sequence: Sequence) -> None:
         (self._running if sequence.status is SequenceStatus.RUNNING else self._waiting).remove(sequence)
@@ -255,13 +275,15 @@ class Scheduler:
     def _finish(self, sequence: Sequence, reason: FinishReason | None) -> None:
         sequence.status = SequenceStatus.FINISHED
         sequence.finish_reason = reason
+        del sequence.token_ids[sequence.num_known_tokens :]
+        sequence.num_pending = 0
         if not sequence.prefill_only:
             self.release(sequence)
 
     def _extend_hashes(self, sequence: Sequence) -> None:
         """Chain the hashes of all full blocks of known tokens."""
         size, hashes = self.block_size, sequence.block_hashes
-        for start in range(len(hashes) * size, sequence.num_tokens - size + 1, size):
+        for start in range(len(hashes) * size, sequence.num_known_tokens - size + 1, size):
             parent = hashes[-1] if hashes else self._root_hash
             hashes.append(chain_hash(parent, sequence.token_ids[start : start + size]))
 
@@ -269,6 +291,15 @@ class Scheduler:
 def _order(sequence: Sequence) -> tuple[int, float]:
     """Lower goes first: priority, then age since first arrival."""
     return (sequence.request.priority, sequence.arrival)
+
+
+def _count_as_done(share: ScheduledSequence) -> None:
+    """The share is on its way: its tokens count as computed, and the one it samples as there."""
+    sequence = share.sequence
+    sequence.num_computed_tokens = share.stop
+    if share.samples:
+        sequence.token_ids.append(PENDING)
+        sequence.num_pending += 1
 
 
 def _end_output(sequence: Sequence, reason: str) -> TokenOutput:

@@ -1,7 +1,8 @@
 """A request's body inside an engine: its tokens, its blocks, and how far it has been computed.
 
 Two counters and no phase flag: `num_computed_tokens` chases `num_tokens`. Chunked prefill, prefix
-hits, local prefill, recompute after a loss and decoding are all the same catching up.
+hits, local prefill, recompute after a loss and decoding are all the same catching up. Both count what is scheduled:
+while a step is under way, its tokens count as computed, and the one it samples stands in token_ids as PENDING.
 
 States: WAITING -> RUNNING -> FINISHED, with RUNNING -> WAITING on preemption. A sequence whose KV
 is still on its way (decode_pool) is not yet known to the scheduler. The scheduler alone changes them.
@@ -13,6 +14,10 @@ import enum
 from dataclasses import dataclass, field
 
 from engine.api import FinishReason, GenerateRequest, TokenLogprobs
+
+
+PENDING = -1
+"""Stands in token_ids for a token that a step under way samples."""
 
 
 class SequenceStatus(enum.Enum):
@@ -29,11 +34,13 @@ class Sequence:
 
     request: GenerateRequest
     token_ids: list[int]
-    """Prompt, then everything generated (by earlier attempts too)."""
+    """Prompt, then everything generated (by earlier attempts too), then PENDING for each step under way that samples."""
     arrival: float
     """Monotonic seconds of the first arrival; survives preemption."""
     num_computed_tokens: int = 0
-    """Tokens whose KV lies in this sequence's blocks."""
+    """Tokens whose KV lies in this sequence's blocks, or will when the steps under way are done."""
+    num_pending: int = 0
+    """Tokens at the end of token_ids that are PENDING."""
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     """Chained hashes of the full blocks of token_ids."""
@@ -63,13 +70,18 @@ class Sequence:
         return len(self.token_ids)
 
     @property
+    def num_known_tokens(self) -> int:
+        """Tokens whose ids are known."""
+        return len(self.token_ids) - self.num_pending
+
+    @property
     def num_prompt_tokens(self) -> int:
         """Tokens the client sent."""
         return len(self.request.prompt_token_ids)
 
     @property
     def num_generated_tokens(self) -> int:
-        """Tokens generated so far, by earlier attempts too: the offset of the next one."""
+        """Tokens generated so far, by earlier attempts and the steps under way too: the offset of the next one."""
         return len(self.token_ids) - len(self.request.prompt_token_ids)
 
     @property

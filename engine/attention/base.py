@@ -16,11 +16,11 @@ class AttentionBackend(Protocol):
     """
 
     def plan(self, batch: Batch) -> None:
-        """Work out, once a step, what is the same for all layers; leave it in batch.scratch."""
+        """Work out, once a step and before its forward pass, what is the same for all layers; leave it in batch.scratch."""
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, batch: Batch) -> torch.Tensor:
         """Attend each token of the step to itself and all earlier tokens of its sequence.
 
         q is [num_rows, num_heads, head_dim]; k and v, [num_rows, num_kv_heads, head_dim], are this step's own.
-        Rows past the step's tokens are padding. Returns [num_rows, num_heads * head_dim]; padding rows are zero.
+        Rows past the step's tokens are padding. Returns [num_rows, num_heads * head_dim]; padding rows mean nothing.
         """

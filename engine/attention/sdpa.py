@@ -11,22 +11,21 @@ groups = num_heads / num_kv_heads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional
 
-from engine.batch import Batch
+from engine.batch import Batch, StepShape
 from engine.kv_cache import KVCache
+from engine.upload import upload
 
 TILE = 64
 """Tokens of a chunk computed at once. Of 32, 64, 128 and 256 the fastest for chunks of 512 on a CPU."""
 
-_SCRATCH = "sdpa"
-
 
 @dataclass(frozen=True, slots=True)
-class _Span:
+class Span:
     """One sequence of a step."""
 
     start: int
@@ -40,6 +39,10 @@ class _Span:
     mask: torch.Tensor | None
     """[n, context], added to the scores, if n > 1."""
 
+    def moved(self, rows: int) -> Span:
+        """The same sequence, its rows so many further on."""
+        return replace(self, start=self.start + rows, stop=self.stop + rows)
+
 
 class SdpaAttention:
     """AttentionBackend on torch SDPA."""
@@ -51,40 +54,49 @@ class SdpaAttention:
 
     def plan(self, batch: Batch) -> None:
         """See AttentionBackend."""
-        starts = batch.query_starts
-        batch.scratch[_SCRATCH] = [
-            self._span(starts[i], starts[i + 1], context, batch.block_ids[i])
-            for i, context in enumerate(batch.context_lens)
+        batch.scratch = self.spans(batch.shape)
+
+    def spans(self, shape: StepShape, first: int = 0) -> list[Span]:
+        """The sequences of a step from the first-th on."""
+        starts, contexts = shape.query_starts.tolist(), shape.context_lens.tolist()
+        return [
+            self._span(starts[i], starts[i + 1], contexts[i], shape.blocks_of(i).tolist())
+            for i in range(first, shape.num_seqs)
         ]
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, batch: Batch) -> torch.Tensor:
         """See AttentionBackend."""
         num_rows, num_heads, head_dim = q.shape
         outputs: list[torch.Tensor] = []
-        for span in batch.scratch[_SCRATCH]:
-            if span.block_ids is None:
-                keys_values = self._cache.read(layer, span.first_slot, span.context)
-            else:
-                keys_values = self._cache.read_blocks(layer, span.block_ids, span.context)
-            if span.mask is None:
-                outputs.append(self._one_token(q[span.start], keys_values))
-            else:
-                outputs += self._tiles(q[span.start : span.stop], keys_values, span.mask)
-        num_padding = num_rows - batch.query_starts[-1]
+        for span in batch.scratch:
+            outputs += self.attend(q, layer, span)
+        num_padding = num_rows - batch.shape.num_tokens
         if num_padding:
             outputs.append(q.new_zeros(num_padding, num_heads * head_dim))
         return torch.cat(outputs)
 
-    def _span(self, start: int, stop: int, context: int, block_ids: list[int]) -> _Span:
+    def attend(self, q: torch.Tensor, layer: int, span: Span) -> list[torch.Tensor]:
+        """The rows of one sequence, in parts of [any, num_heads * head_dim] that follow each other."""
+        keys_values = self.keys_values(layer, span)
+        if span.mask is None:
+            return [self._one_token(q[span.start], keys_values)]
+        return self._tiles(q[span.start : span.stop], keys_values, span.mask)
+
+    def keys_values(self, layer: int, span: Span) -> torch.Tensor:
+        """A sequence's keys and values: [2, num_kv_heads, context, head_dim]."""
+        if span.block_ids is None:
+            return self._cache.read(layer, span.first_slot, span.context)
+        return self._cache.read_blocks(layer, span.block_ids, span.context)
+
+    def _span(self, start: int, stop: int, context: int, block_ids: list[int]) -> Span:
         n, device = stop - start, self._cache.data.device
-        used = block_ids[: -(-context // self._cache.block_size)]
-        consecutive = used == list(range(used[0], used[0] + len(used)))
-        blocks = None if consecutive else torch.tensor(used, dtype=torch.int64, device=device)
+        consecutive = block_ids == list(range(block_ids[0], block_ids[0] + len(block_ids)))
+        blocks = None if consecutive else upload(block_ids, torch.int64, device)
         mask = None
         if n > 1:
             mask = torch.full((n, context), -torch.inf, dtype=self._cache.data.dtype, device=device)
             mask.triu_(context - n + 1)
-        return _Span(start, stop, context, used[0] * self._cache.block_size, blocks, mask)
+        return Span(start, stop, context, block_ids[0] * self._cache.block_size, blocks, mask)
 
     def _one_token(self, q: torch.Tensor, keys_values: torch.Tensor) -> torch.Tensor:
         """q [num_heads, head_dim], keys_values [2, num_kv_heads, context, head_dim] -> [1, num_heads * head_dim]."""

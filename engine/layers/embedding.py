@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from engine.batch import Batch
 from engine.layers.matrix import Matrix, make_matrix
+from engine.layers.norm import RMSNorm
 from engine.parallel import TensorParallel
 
 
@@ -39,8 +41,17 @@ class VocabParallelEmbedding:
         self._parallel = parallel
         self._weight = _share_of(weight, parallel)
 
-    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """token_ids [num_rows] -> [num_rows, hidden_size]."""
+    def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The vectors [num_rows, hidden_size] of a step's tokens, and the tokens [num_rows] int64 themselves."""
+        if self._parallel.size == 1 and self._weight.is_cuda:
+            from engine.kernels.rows import embed
+
+            return embed(batch.token_ids, batch.sources, batch.previous, self._weight)
+        chosen = batch.previous[:, 0].index_select(0, batch.sources.clamp(min=0))
+        token_ids = torch.where(batch.sources >= 0, chosen, batch.token_ids)
+        return self._look_up(token_ids), token_ids
+
+    def _look_up(self, token_ids: torch.Tensor) -> torch.Tensor:
         if self._parallel.size == 1:
             return functional.embedding(token_ids, self._weight)
         local = token_ids - self._share.start
@@ -58,7 +69,7 @@ class ParallelHead:
         self._parallel = parallel
         self._matrix: Matrix = make_matrix(_share_of(weight, parallel))
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [num_rows, hidden_size] -> [num_rows, vocab_size], on every rank."""
-        logits = self._parallel.all_gather(self._matrix.multiply(x))
+    def __call__(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """The logits of norm(x), x [num_rows, hidden_size] -> [num_rows, vocab_size], on every rank."""
+        logits = self._parallel.all_gather(self._matrix.multiply_normed(x, norm))
         return logits[:, : self._vocab_size]

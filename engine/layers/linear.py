@@ -18,6 +18,7 @@ import torch
 
 from engine.errors import IntegrityError
 from engine.layers.matrix import Matrix, make_matrix
+from engine.layers.norm import RMSNorm
 from engine.parallel import TensorParallel
 
 Kind = Literal["weight", "bias"]
@@ -80,9 +81,13 @@ class ColumnParallelLinear:
         if matrix is not None:
             self._matrix, self._assembly = matrix, None
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [num_rows, inputs] -> [num_rows, this rank's outputs]."""
-        return self._matrix.multiply(x)
+    def __call__(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """The product of norm(x), x [num_rows, inputs] -> [num_rows, this rank's outputs]."""
+        return self._matrix.multiply_normed(x, norm)
+
+    def gated(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """silu(first projection) * second projection of norm(x), for a layer of two projections of one size."""
+        return self._matrix.multiply_gated(x, norm)
 
 
 class RowParallelLinear:
@@ -111,7 +116,7 @@ class RowParallelLinear:
             self._matrix, self._assembly = matrix, None
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """x [num_rows, this rank's inputs], residual [num_rows, outputs] -> product over all ranks + residual."""
+        """x [num_rows, this rank's inputs], residual [num_rows, outputs] -> product over all ranks + residual, which may be overwritten."""
         if self._parallel.size == 1:
             return self._matrix.multiply_add(x, residual)
         return self._parallel.all_reduce(self._matrix.multiply(x)).add_(residual)

@@ -4,7 +4,9 @@ Shapes: num_rows x inputs -> num_rows x outputs. A weight arrives as [outputs, i
 
 On a CPU in float32 the weight is packed once into oneDNN's blocked layout and the original is dropped.
 Its kernels are faster than MKL's on the plain layout at every number of rows, and a row's result does not
-depend on how many rows there are as long as these are at least two; see `ROW_MULTIPLE`.
+depend on how many rows there are as long as these are at least two; see `ROW_MULTIPLE`. On a GPU in 16 bits few rows
+go through kernels that read the weight once at the memory's speed and do what stands before and behind on the way
+(`engine/kernels/skinny.py`); more rows go through cuBLAS.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from typing import Protocol
 
 import torch
 from torch.nn import functional
+
+from engine.layers.norm import RMSNorm
 
 ROW_MULTIPLE = 4
 """Packed matrices want this many rows or a multiple: four rows take less time than one (the kernel for a
@@ -29,7 +33,13 @@ class Matrix(Protocol):
         """x [num_rows, inputs] -> [num_rows, outputs], bias added."""
 
     def multiply_add(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """`multiply(x) + other`, with other [num_rows, outputs] left as it is."""
+        """`multiply(x) + other`, with other [num_rows, outputs], which may be overwritten."""
+
+    def multiply_normed(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """`multiply(norm(x))`."""
+
+    def multiply_gated(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """silu(gate) * up -> [num_rows, outputs / 2], where `multiply(norm(x))` is gate, then up."""
 
 
 class DenseMatrix:
@@ -45,7 +55,16 @@ class DenseMatrix:
 
     def multiply_add(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """See Matrix."""
-        return functional.linear(x, self._weight, self._bias).add_(other)
+        other.addmm_(x, self._weight.t())
+        return other if self._bias is None else other.add_(self._bias)
+
+    def multiply_normed(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """See Matrix."""
+        return self.multiply(norm(x))
+
+    def multiply_gated(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """See Matrix."""
+        return gate(self.multiply(norm(x)))
 
 
 class PackedMatrix:
@@ -67,6 +86,63 @@ class PackedMatrix:
         y: torch.Tensor = self._linear_binary(x, other, self._weight, self._bias, "add")
         return y
 
+    def multiply_normed(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """See Matrix."""
+        return self.multiply(norm(x))
+
+    def multiply_gated(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """See Matrix."""
+        return gate(self.multiply(norm(x)))
+
+
+class SkinnyMatrix:
+    """A 16-bit weight on a GPU: few rows by our own kernels, more by cuBLAS."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        from engine.kernels import skinny
+
+        self._kernels = skinny
+        self._dense = DenseMatrix(weight, bias)
+        self._weight = weight
+        self._bias = bias
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """See Matrix."""
+        if not self._fits(x):
+            return self._dense.multiply(x)
+        return self._kernels.skinny_linear(x, self._weight, bias=self._bias)
+
+    def multiply_add(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """See Matrix."""
+        if not self._fits(x):
+            return self._dense.multiply_add(x, other)
+        return self._kernels.skinny_linear(x, self._weight, bias=self._bias, residual=other)
+
+    def multiply_normed(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """See Matrix."""
+        if not self._fits(x):
+            return self._dense.multiply_normed(x, norm)
+        return self._kernels.skinny_linear(x, self._weight, bias=self._bias, norm=norm)
+
+    def multiply_gated(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """See Matrix."""
+        if not self._fits(x):
+            return self._dense.multiply_gated(x, norm)
+        return self._kernels.skinny_linear(x, self._weight, bias=self._bias, norm=norm, gated=True)
+
+    def _fits(self, x: torch.Tensor) -> bool:
+        return self._kernels.fits(x.shape[0], self._weight)
+
+
+def gate(gate_up: torch.Tensor) -> torch.Tensor:
+    """[num_rows, 2 * size] -> silu(first half) * second half."""
+    if gate_up.is_cuda:
+        from engine.kernels.rows import silu_mul
+
+        return silu_mul(gate_up)
+    first, second = gate_up.chunk(2, dim=-1)
+    return functional.silu(first).mul_(second)
+
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether weights on this device and of this type are packed."""
@@ -82,4 +158,6 @@ def make_matrix(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Matri
     """The fastest form of a weight [outputs, inputs] with an optional bias [outputs]."""
     if can_pack(weight.device, weight.dtype):
         return PackedMatrix(weight, bias)
+    if weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16):
+        return SkinnyMatrix(weight, bias)
     return DenseMatrix(weight, bias)

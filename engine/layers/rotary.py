@@ -1,25 +1,66 @@
 """Rotary position embedding (Su et al., https://arxiv.org/abs/2104.09864), in the order of Hugging Face
 checkpoints: element i of a head is paired with element i + head_dim / 2.
 
-`angles` is called once a step, `rotate` once a layer.
+`at` is called once a step, `place` once a layer: it rotates queries and keys and stores keys and values.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
+from engine.layers.norm import RMSNorm
 from engine.models.config import ModelConfig, RopeScaling, RopeScalingKind
 
 
+class Positions(Protocol):
+    """The places of one step's rows: in their sequences, and in the cache."""
+
+    def place(self, heads: torch.Tensor, layer: torch.Tensor, q_norm: RMSNorm | None, k_norm: RMSNorm | None) -> None:
+        """Normalise (where there are norms) and rotate queries and keys, and store keys and values in their slots.
+
+        heads [num_rows, num_heads + 2 * num_kv_heads, head_dim], queries, then keys, then values, are changed in place,
+        on a GPU only the queries; layer [2, num_kv_heads, num_slots, head_dim] is a layer of the cache.
+        """
+
+
 @dataclass(frozen=True, slots=True)
-class Angles:
-    """Factors for one step's rows, in the type of the model."""
+class TorchPositions:
+    """Positions by torch's own operations."""
 
     cos: torch.Tensor  # [num_rows, 1, head_dim]
     sin: torch.Tensor  # [num_rows, 1, head_dim], the first half negated
+    slot_ids: torch.Tensor  # [num_tokens]: those of rows that are stored, which come first
+
+    def place(self, heads: torch.Tensor, layer: torch.Tensor, q_norm: RMSNorm | None, k_norm: RMSNorm | None) -> None:
+        """See Positions."""
+        num_kv_heads, head_dim = layer.shape[1], layer.shape[3]
+        num_heads = heads.shape[1] - 2 * num_kv_heads
+        if q_norm is not None and k_norm is not None:
+            q, k, _ = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+            q.copy_(q_norm(q))
+            k.copy_(k_norm(k))
+        rotate(heads[:, : num_heads + num_kv_heads], self.cos, self.sin)
+        stored = heads[: self.slot_ids.shape[0], num_heads:]  # keys, then values
+        layer.view(2 * num_kv_heads, -1, head_dim).index_copy_(1, self.slot_ids, stored.transpose(0, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class KernelPositions:
+    """Positions by one kernel a layer."""
+
+    frequencies: torch.Tensor  # [head_dim / 2] float32
+    positions: torch.Tensor  # [num_rows] int32
+    slot_ids: torch.Tensor  # [num_rows] int32, -1: not stored
+
+    def place(self, heads: torch.Tensor, layer: torch.Tensor, q_norm: RMSNorm | None, k_norm: RMSNorm | None) -> None:
+        """See Positions."""
+        from engine.kernels.rope_store import rope_store
+
+        rope_store(heads, self.positions, self.slot_ids, self.frequencies, layer, q_norm, k_norm)
 
 
 class RotaryEmbedding:
@@ -33,21 +74,28 @@ class RotaryEmbedding:
         self._frequencies = frequencies.to(device)  # [head_dim / 2] float32
         self._dtype = dtype
 
-    def angles(self, positions: torch.Tensor) -> Angles:
-        """positions [num_rows] -> the factors of those rows."""
+    def at(self, positions: torch.Tensor, slot_ids: torch.Tensor) -> Positions:
+        """positions, slot_ids [num_rows], -1 for rows that are not stored, which come last."""
+        if positions.is_cuda:
+            return KernelPositions(self._frequencies, positions, slot_ids)
+        cos, sin = self.factors(positions)
+        return TorchPositions(cos, sin, slot_ids[slot_ids >= 0])
+
+    def factors(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """positions [num_rows] -> cosines and sines [num_rows, 1, head_dim], in the type of the model."""
         angles = positions.float()[:, None] * self._frequencies  # [num_rows, head_dim / 2]
         cos, sin = angles.cos(), angles.sin()
-        return Angles(
+        return (
             torch.cat((cos, cos), dim=-1)[:, None].to(self._dtype),
             torch.cat((-sin, sin), dim=-1)[:, None].to(self._dtype),
         )
 
 
-def rotate(heads: torch.Tensor, angles: Angles) -> None:
-    """Rotate heads [num_rows, num_heads, head_dim] in place."""
+def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Rotate heads [num_rows, num_heads, head_dim] in place by factors [num_rows, 1, head_dim]."""
     first, second = heads.chunk(2, dim=-1)
     swapped = torch.cat((second, first), dim=-1)
-    heads.mul_(angles.cos).addcmul_(swapped, angles.sin)
+    heads.mul_(cos).addcmul_(swapped, sin)
 
 
 def scale_frequencies(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:

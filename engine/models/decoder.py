@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch.nn import functional
 
 from engine.attention.base import AttentionBackend
 from engine.batch import Batch
@@ -22,7 +21,7 @@ from engine.kv_cache import KVCache
 from engine.layers.embedding import ParallelHead, VocabParallelEmbedding
 from engine.layers.linear import ColumnParallelLinear, Kind, LinearSpec, RowParallelLinear
 from engine.layers.norm import RMSNorm
-from engine.layers.rotary import Angles, RotaryEmbedding, rotate
+from engine.layers.rotary import Positions, RotaryEmbedding
 from engine.models.config import ModelConfig
 from engine.parallel import TensorParallel
 
@@ -43,7 +42,7 @@ class Step:
     """What every layer of one forward pass needs."""
 
     batch: Batch
-    angles: Angles
+    positions: Positions
     kv_cache: KVCache
     attention: AttentionBackend
 
@@ -89,26 +88,40 @@ class Layer:
 
     def forward(self, hidden: torch.Tensor, step: Step, rows: torch.Tensor | None = None) -> torch.Tensor:
         """hidden [num_rows, hidden_size] -> the same; with `rows`, only those rows of it come out."""
-        mixed = self._attend(self._norms["input_layernorm"](hidden), step)
+        mixed = self._attend(hidden, step)
         if rows is not None:
             mixed, hidden = mixed.index_select(0, rows), hidden.index_select(0, rows)
         hidden = self._output(mixed, hidden)
-        gate, up = self._gate_up(self._norms["post_attention_layernorm"](hidden)).chunk(2, dim=-1)
-        return self._down(functional.silu(gate).mul_(up), hidden)
+        inner = self._gate_up.gated(hidden, self._norms["post_attention_layernorm"])
+        return self._down(inner, hidden)
 
     def _attend(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         """x [num_rows, hidden_size] -> [num_rows, num_heads * head_dim]."""
         num_heads, num_kv_heads, batch = self._num_heads, self._num_kv_heads, step.batch
-        heads = self._qkv(x).view(x.shape[0], num_heads + 2 * num_kv_heads, self._head_dim)
-        q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
-        if "q_norm" in self._norms:
-            q.copy_(self._norms["q_norm"](q))
-            k.copy_(self._norms["k_norm"](k))
-        rotate(heads[:, : num_heads + num_kv_heads], step.angles)
-        step.kv_cache.write(self._index, batch.slot_ids, heads[: batch.slot_ids.shape[0], num_heads:])
+        heads = self._qkv(x, self._norms["input_layernorm"])
+        heads = heads.view(x.shape[0], num_heads + 2 * num_kv_heads, self._head_dim)
+        step.positions.place(heads, step.kv_cache.layer(self._index), self._norms.get("q_norm"), self._norms.get("k_norm"))
         if batch.on_layer is not None:
-            batch.on_layer(self._index, None)
+            batch.on_layer(self._index, _mark(x.device))
+        q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
         return step.attention.forward(q, k, v, self._index, batch)
+
+
+def _mark(device: torch.device) -> torch.cuda.Event | None:
+    """An event behind all that is enqueued; None on a CPU, where it is done."""
+    if device.type == "cpu":
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """What a forward pass gives."""
+
+    logits: torch.Tensor | None  # [num_samples, vocab_size], of the sampling rows; None if no row samples
+    token_ids: torch.Tensor  # [num_rows] int64, the tokens that went in
 
 
 class Decoder:
@@ -141,17 +154,17 @@ class Decoder:
         else:
             raise IntegrityError(f"the model has no place for a weight named {name}")
 
-    def forward(self, batch: Batch, kv_cache: KVCache, attention: AttentionBackend) -> torch.Tensor | None:
-        """Compute a step: its KV is written, and the logits [num_samples, vocab_size] of its sampling rows returned.
+    def forward(self, batch: Batch, kv_cache: KVCache, attention: AttentionBackend) -> Forward:
+        """Compute a step for which `attention.plan` has been called: its KV is written, its sampling rows give logits.
 
-        num_samples is batch.sample_indices' length; None if it is 0, when the last layer ends with its KV.
+        If no row samples, the last layer ends with its KV.
         """
-        attention.plan(batch)
-        step = Step(batch, self._rotary.angles(batch.positions), kv_cache, attention)
-        hidden = self._embedding(batch.token_ids)
+        step = Step(batch, self._rotary.at(batch.positions, batch.slot_ids), kv_cache, attention)
+        hidden, token_ids = self._embedding(batch)
         for layer in self._layers[:-1]:
             hidden = layer.forward(hidden, step)
-        hidden = self._layers[-1].forward(hidden, step, batch.sample_indices)
+        rows = None if batch.every_row_samples else batch.sample_indices
+        hidden = self._layers[-1].forward(hidden, step, rows)
         if batch.sample_indices.shape[0] == 0:
-            return None
-        return self._head(self._norm(hidden))
+            return Forward(None, token_ids)
+        return Forward(self._head(hidden, self._norm), token_ids)

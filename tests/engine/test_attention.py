@@ -3,11 +3,12 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 
 from engine.attention import make_attention
-from engine.batch import Batch
+from engine.batch import Batch, StepShape
 from engine.kv_cache import KVCache
 
 BLOCK_SIZE, HEAD_DIM, NUM_BLOCKS, PADDING = 8, 16, 64, 3
@@ -32,28 +33,25 @@ def make_batch(shares: list[tuple[int, int]], scattered: bool) -> Batch:
     deck = list(range(NUM_BLOCKS - 1, -1, -1))
     if scattered:
         random.Random(1).shuffle(deck)
-    starts = [0]
-    for new, _ in shares:
-        starts.append(starts[-1] + new)
     empty = torch.empty(0, dtype=torch.int64)
-    return Batch(
-        token_ids=empty,
-        positions=empty,
-        slot_ids=empty,
-        query_starts=starts,
-        context_lens=[context for _, context in shares],
-        block_ids=[[deck.pop() for _ in range(-(-context // BLOCK_SIZE))] for _, context in shares],
-        sample_indices=empty,
+    blocks = [-(-context // BLOCK_SIZE) for _, context in shares]
+    shape = StepShape(
+        query_starts=np.cumsum([0, *(new for new, _ in shares)]),
+        context_lens=np.array([context for _, context in shares]),
+        block_ids=np.array([deck.pop() for _ in range(sum(blocks))]),
+        block_starts=np.cumsum([0, *blocks]),
     )
+    return Batch(empty, empty, empty, empty, empty, empty, shape)
 
 
 def by_definition(q: torch.Tensor, cache: KVCache, layer: int, batch: Batch) -> torch.Tensor:
     """Token by token and head by head, in float64."""
     out = torch.zeros(q.shape, dtype=torch.float64)
     groups = q.shape[1] // cache.num_kv_heads
-    for index, context in enumerate(batch.context_lens):
-        first, stop = batch.query_starts[index : index + 2]
-        slots = [batch.block_ids[index][p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(context)]
+    for index, context in enumerate(batch.shape.context_lens.tolist()):
+        first, stop = batch.shape.query_starts[index : index + 2]
+        blocks = batch.shape.blocks_of(index)
+        slots = [int(blocks[p // BLOCK_SIZE]) * BLOCK_SIZE + p % BLOCK_SIZE for p in range(context)]
         for row in range(first, stop):
             visible = slots[: context - (stop - 1 - row)]
             for head in range(q.shape[1]):
@@ -81,7 +79,7 @@ def test_attention_is_its_definition(
 ) -> None:
     cache, batch = make_cache(num_kv_heads), make_batch(shares, scattered)
     backend = make_attention("sdpa", cache, num_heads)
-    num_tokens = batch.query_starts[-1]
+    num_tokens = batch.shape.num_tokens
     q = torch.randn(num_tokens + PADDING, num_heads, HEAD_DIM)
     unused = torch.empty(num_tokens + PADDING, num_kv_heads, HEAD_DIM)
     backend.plan(batch)
@@ -95,5 +93,5 @@ def test_attention_is_its_definition(
 def test_backends_are_chosen_by_name() -> None:
     cache = make_cache(1)
     assert type(make_attention("auto", cache, 1)) is type(make_attention("sdpa", cache, 1))
-    with pytest.raises(ValueError, match="there is no attention backend 'magic'; there are auto, sdpa"):
+    with pytest.raises(ValueError, match="there is no attention backend 'magic'; there are auto, flash, sdpa, triton"):
         make_attention("magic", cache, 1)

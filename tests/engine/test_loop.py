@@ -8,9 +8,9 @@ from engine.sequence import Sequence
 from tests.engine.toy import ToyRunner, expected_answer, make_request, make_scheduler
 
 
-@pytest.fixture
-def loop():
-    loop = EngineLoop(make_scheduler(16), ToyRunner(16, 4))
+@pytest.fixture(params=[0, 1], ids=["in step", "run ahead"])
+def loop(request):
+    loop = EngineLoop(make_scheduler(16), ToyRunner(16, 4, run_ahead=request.param))
     loop.start()
     yield loop
     loop.stop(5.0)
@@ -29,7 +29,7 @@ def answer(loop: EngineLoop, name: str) -> tuple[list[int], FinishReason]:
             return tokens, output.finish_reason
 
 
-@pytest.mark.parametrize("part", ["schedule", "run"])
+@pytest.mark.parametrize("part", ["schedule", "launch"])
 def test_a_step_that_fails_ends_its_requests_and_the_next_ones_are_served(loop, monkeypatch, part):
     def fail(*_args: object) -> None:
         monkeypatch.undo()

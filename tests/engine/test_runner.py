@@ -150,10 +150,10 @@ def test_logits_that_are_no_numbers_are_an_error(tiny_llama: Path) -> None:
 def test_a_share_without_blocks_or_tokens_is_a_defect(runner: ModelRunner) -> None:
     sequence = Driver(runner).add([1, 2, 3])
     with pytest.raises(IntegrityError, match="tokens 1 to 5 of request"):
-        runner.run(StepPlan((ScheduledSequence(sequence, 1, 4),)))
+        runner.run(StepPlan((ScheduledSequence(sequence, 1, 4, samples=True),)))
     sequence.block_ids.clear()
     with pytest.raises(IntegrityError, match="has 0 blocks of 16, too few for its first 3 tokens"):
-        runner.run(StepPlan((ScheduledSequence(sequence, 0, 3),)))
+        runner.run(StepPlan((ScheduledSequence(sequence, 0, 3, samples=True),)))
 
 
 def test_warm_up_leaves_the_cache_usable(tiny_llama: Path) -> None:

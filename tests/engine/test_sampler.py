@@ -15,10 +15,10 @@ from transformers import (
 )
 
 from engine.api import GenerateRequest, SamplingParams
-from engine.batch import SampledToken
+from engine.batch import SampledToken, ScheduledSequence
 from engine.errors import EngineError
-from engine.sampler import Sampler, candidates, uniform
-from engine.sequence import Sequence
+from engine.sampler import Sampler, candidates, choose_greedy, uniform
+from engine.sequence import PENDING, Sequence
 
 VOCAB = 200
 EOS = 7
@@ -39,7 +39,11 @@ def random_logits(rows: int = 1, seed: int = 0, spread: float = 3.0) -> torch.Te
 
 
 def sample(logits: torch.Tensor, *sequences: Sequence) -> list[SampledToken]:
-    return Sampler([EOS]).sample(logits.clone(), sequences)
+    shares = [ScheduledSequence.next_of(sequence, sequence.num_tokens) for sequence in sequences]
+    choices = torch.empty(len(shares), 2, dtype=torch.int64)
+    inputs = torch.tensor([sequence.token_ids[-1] for sequence in sequences])
+    choose_greedy(logits, choices)
+    return Sampler([EOS]).sample(logits, shares, inputs, range(len(shares)), choices).wait()
 
 
 def test_greedy_takes_the_first_of_the_largest() -> None:
@@ -78,16 +82,45 @@ def test_candidates_are_those_of_transformers(temperature: float, top_k: int, to
     for seed in range(5):
         row = random_logits(seed=seed)
         expected = torch.softmax(warpers(torch.tensor([[0]]), row.double()), dim=-1)[0]
-        token_ids, probabilities = candidates(row[0], params)
-        assert token_ids.tolist() == expected.nonzero().squeeze(1).tolist()
-        torch.testing.assert_close(probabilities / probabilities.sum(), expected[token_ids])
+        probabilities = candidates(row, [params])[0]
+        assert probabilities.nonzero().tolist() == expected.nonzero().tolist()
+        torch.testing.assert_close(probabilities / probabilities.sum(), expected)
 
 
 def test_equals_at_the_limit_of_top_p_go_by_id() -> None:
     row = torch.zeros(VOCAB)
     row[[20, 10, 30]] = 9.0
-    token_ids, _ = candidates(row, SamplingParams(temperature=1.0, top_p=0.5))
-    assert token_ids.tolist() == [10, 20]
+    probabilities = candidates(row[None], [SamplingParams(temperature=1.0, top_p=0.5)])
+    assert probabilities[0].nonzero().squeeze(1).tolist() == [10, 20]
+
+
+def test_each_row_is_filtered_by_its_own_settings() -> None:
+    settings = [
+        SamplingParams(temperature=0.7, top_k=3),
+        SamplingParams(temperature=1.3, top_p=0.6),
+        SamplingParams(temperature=1.0),
+        SamplingParams(temperature=1.0, top_k=9, top_p=0.9, min_p=0.1),
+    ]
+    rows = random_logits(4)
+    together = candidates(rows, settings)
+    for row, params, found in zip(rows, settings, together, strict=True):
+        torch.testing.assert_close(found, candidates(row[None], [params])[0])
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"repetition_penalty": 1.7}, {"presence_penalty": 1.5, "frequency_penalty": 0.7}, {"min_tokens": 4}],
+)
+def test_a_token_only_the_device_knows_counts_as_one_that_is_known(params: dict[str, Any]) -> None:
+    logits = random_logits()
+    known = make_sequence([3, 4], [5, 5, 11], logprobs=20, **params)
+    pending = make_sequence([3, 4], [5, 5, PENDING], logprobs=20, **params)
+    pending.num_pending = 1
+    shares = [ScheduledSequence.next_of(pending, 5)]
+    choices = torch.empty(1, 2, dtype=torch.int64)
+    choose_greedy(logits, choices)
+    found = Sampler([EOS]).sample(logits, shares, torch.tensor([9, 11]), [1], choices).wait()
+    assert found == sample(logits, known)
 
 
 def test_repetition_penalty_equals_transformers() -> None:
@@ -142,7 +175,9 @@ def test_a_draw_follows_the_distribution() -> None:
     """Pearson's chi-squared over 4,000 positions: five standard deviations above its mean is beyond chance."""
     row = random_logits(spread=1.5)
     params = {"temperature": 0.8, "top_p": 0.97, "seed": 5}
-    token_ids, probabilities = candidates(row[0], SamplingParams(**params))
+    probabilities = candidates(row, [SamplingParams(**params)])[0]
+    token_ids = probabilities.nonzero().squeeze(1)
+    probabilities = probabilities[token_ids]
     expected = dict(zip(token_ids.tolist(), (probabilities / probabilities.sum() * 4000).tolist(), strict=True))
     counts = dict.fromkeys(expected, 0)
     for position in range(4000):

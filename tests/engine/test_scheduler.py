@@ -1,3 +1,5 @@
+from collections import deque
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,16 +10,44 @@ from engine.sequence import Sequence, SequenceStatus
 from tests.engine.toy import ToyRunner, expected_answer, make_request, make_scheduler
 
 
+@pytest.fixture(params=[0, 1], ids=["in step", "run ahead"])
+def ahead(request: pytest.FixtureRequest) -> int:
+    """How many steps the runner may be behind the scheduler."""
+    return request.param
+
+
+class Steps:
+    """The loop's part: schedules up to run_ahead steps before it takes one in."""
+
+    def __init__(self, scheduler: Scheduler, runner: ToyRunner) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._under_way: deque = deque()
+
+    def one(self) -> list | None:
+        """What a step emitted; None if there is nothing to compute and nothing under way."""
+        plan = self._scheduler.schedule()
+        if plan is not None:
+            assert plan.num_tokens <= 16
+            self._under_way.append((plan, self._runner.launch(plan)))
+        if not self._under_way:
+            return None
+        if plan is not None and len(self._under_way) <= self._runner.run_ahead:
+            return []
+        plan, step = self._under_way.popleft()
+        return self._scheduler.update(plan, step.result())
+
+
 def run_to_end(scheduler: Scheduler, runner: ToyRunner, held: tuple[Sequence, ...] = ()) -> dict[str, list]:
     """Step until nothing is left; returns each request's outputs."""
     outputs: dict[str, list] = {}
+    steps = Steps(scheduler, runner)
     for _ in range(5000):
-        plan = scheduler.schedule()
-        if plan is None:
+        emitted = steps.one()
+        if emitted is None:
             assert not scheduler.sequences(), "sequences are left, but nothing can be computed"
             return outputs
-        assert plan.num_tokens <= 16
-        for sequence, output in scheduler.update(plan, runner.run(plan)):
+        for sequence, output in emitted:
             outputs.setdefault(sequence.request.request_id, []).append(output)
         scheduler.pool.check_integrity([item.block_ids for item in {*scheduler.sequences(), *held}])
     raise AssertionError("no end in sight")
@@ -55,8 +85,8 @@ def test_running_streams_come_before_a_long_prompt():
         scheduler.update(plan, runner.run(plan))
 
 
-def test_equal_prefixes_are_computed_once():
-    scheduler, runner = make_scheduler(32), ToyRunner(32, 4)
+def test_equal_prefixes_are_computed_once(ahead):
+    scheduler, runner = make_scheduler(32), ToyRunner(32, 4, ahead)
     prompt = list(range(10))
     add(scheduler, "a", prompt, max_tokens=3)
     run_to_end(scheduler, runner)
@@ -67,16 +97,16 @@ def test_equal_prefixes_are_computed_once():
     assert scheduler.stats().cached_tokens == 8
 
 
-def test_a_wholly_cached_prompt_still_computes_its_last_block():
-    scheduler, runner = make_scheduler(32), ToyRunner(32, 4)
+def test_a_wholly_cached_prompt_still_computes_its_last_block(ahead):
+    scheduler, runner = make_scheduler(32), ToyRunner(32, 4, ahead)
     for name in "ab":
         sequence = add(scheduler, name, list(range(8)), max_tokens=2)
         run_to_end(scheduler, runner)
     assert sequence.num_cached_tokens == 4
 
 
-def test_the_youngest_is_preempted_and_answers_stay_right():
-    scheduler, runner = make_scheduler(8), ToyRunner(8, 4)
+def test_the_youngest_is_preempted_and_answers_stay_right(ahead):
+    scheduler, runner = make_scheduler(8), ToyRunner(8, 4, ahead)
     prompts = {name: [index * 3 + 1, index + 2, 5, 9, 11] for index, name in enumerate("abc")}
     for arrival, (name, prompt) in enumerate(prompts.items()):
         add(scheduler, name, prompt, arrival=float(arrival), max_tokens=20)
@@ -87,8 +117,8 @@ def test_the_youngest_is_preempted_and_answers_stay_right():
         assert [output.offset for output in outputs[name]] == list(range(20))
 
 
-def test_received_kv_that_waits_gives_way_to_an_older_sequence():
-    scheduler, runner = make_scheduler(6, max_running=1), ToyRunner(6, 4)
+def test_received_kv_that_waits_gives_way_to_an_older_sequence(ahead):
+    scheduler, runner = make_scheduler(6, max_running=1), ToyRunner(6, 4, ahead)
     old = add(scheduler, "old", list(range(8)), arrival=0.0, max_tokens=14)
     plan = scheduler.schedule()
     scheduler.update(plan, runner.run(plan))
@@ -102,8 +132,8 @@ def test_received_kv_that_waits_gives_way_to_an_older_sequence():
     assert tokens_of(outputs["received"]) == expected_answer([7] * 10, 3)
 
 
-def test_endings():
-    scheduler, runner = make_scheduler(64), ToyRunner(64, 4)
+def test_endings(ahead):
+    scheduler, runner = make_scheduler(64), ToyRunner(64, 4, ahead)
     stop = expected_answer([1, 2, 3], 4)[3]
     add(scheduler, "stop", [1, 2, 3], stop_token_ids=(stop,), max_tokens=20)
     add(scheduler, "length", [1, 2, 3], max_tokens=2)
@@ -113,24 +143,24 @@ def test_endings():
     assert outputs["length"][-1].finish_reason is FinishReason.LENGTH
 
 
-def test_min_tokens_outlasts_a_stop_token():
-    scheduler, runner = make_scheduler(64), ToyRunner(64, 4)
+def test_min_tokens_outlasts_a_stop_token(ahead):
+    scheduler, runner = make_scheduler(64), ToyRunner(64, 4, ahead)
     answer = expected_answer([1, 2, 3], 12)
     add(scheduler, "a", [1, 2, 3], stop_token_ids=(answer[0],), min_tokens=5, max_tokens=12)
     outputs = run_to_end(scheduler, runner)["a"]
     assert len(tokens_of(outputs)) >= 5
 
 
-def test_a_context_that_is_full_ends_by_length():
-    scheduler, runner = make_scheduler(4, max_model_len=16), ToyRunner(4, 4)
+def test_a_context_that_is_full_ends_by_length(ahead):
+    scheduler, runner = make_scheduler(4, max_model_len=16), ToyRunner(4, 4, ahead)
     add(scheduler, "a", [1, 2, 3], max_tokens=100)
     outputs = run_to_end(scheduler, runner)["a"]
     assert len(tokens_of(outputs)) == 13
     assert outputs[-1].finish_reason is FinishReason.LENGTH
 
 
-def test_a_prefill_only_sequence_keeps_its_blocks_until_released():
-    scheduler, runner = make_scheduler(16), ToyRunner(16, 4)
+def test_a_prefill_only_sequence_keeps_its_blocks_until_released(ahead):
+    scheduler, runner = make_scheduler(16), ToyRunner(16, 4, ahead)
     sequence = Sequence.from_request(make_request("p", list(range(9))), 0.0)
     sequence.prefill_only = True
     scheduler.add(sequence)
@@ -140,6 +170,29 @@ def test_a_prefill_only_sequence_keeps_its_blocks_until_released():
     assert scheduler.pool.num_free == 13
     scheduler.release(sequence)
     assert scheduler.pool.num_free == 16
+
+
+def test_a_step_too_far_is_dropped():
+    """Only the token itself tells that the sequence ends: it has been scheduled once more by then."""
+    scheduler, runner = make_scheduler(16), ToyRunner(16, 4, run_ahead=1)
+    stop = expected_answer([1, 2, 3], 2)[1]
+    sequence = add(scheduler, "a", [1, 2, 3], stop_token_ids=(stop,), max_tokens=20)
+    other = add(scheduler, "b", [4, 5], arrival=1.0, max_tokens=20)
+    outputs = run_to_end(scheduler, runner)
+    assert tokens_of(outputs["a"]) == expected_answer([1, 2, 3], 2)
+    assert sequence.token_ids == [1, 2, 3, *expected_answer([1, 2, 3], 2)]
+    assert sequence.num_pending == other.num_pending == 0
+    assert tokens_of(outputs["b"]) == expected_answer([4, 5], 20)
+
+
+def test_a_failed_step_leaves_no_pending_token():
+    scheduler = make_scheduler(16)
+    sequence = add(scheduler, "a", [1, 2, 3])
+    scheduler.schedule()
+    assert sequence.num_pending == 1
+    ((_, output),) = scheduler.fail_all("out of luck")
+    assert (output.offset, output.token_ids) == (0, ())
+    assert sequence.token_ids == [1, 2, 3]
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
@@ -171,9 +224,10 @@ requests = st.lists(
 
 
 @settings(deadline=None, max_examples=60)
-@given(requests, st.integers(10, 20), st.randoms(use_true_random=False))
-def test_any_mixture_ends_with_right_answers_and_free_blocks(shapes, num_blocks, random):
-    scheduler, runner = make_scheduler(num_blocks), ToyRunner(num_blocks, 4)
+@given(requests, st.integers(10, 20), st.integers(0, 1), st.randoms(use_true_random=False))
+def test_any_mixture_ends_with_right_answers_and_free_blocks(shapes, num_blocks, run_ahead, random):
+    scheduler, runner = make_scheduler(num_blocks), ToyRunner(num_blocks, 4, run_ahead)
+    steps = Steps(scheduler, runner)
     prompts, aborted = {}, []
     for index, (length, answer, group, abort) in enumerate(shapes):
         name = f"r{index}"
@@ -185,10 +239,10 @@ def test_any_mixture_ends_with_right_answers_and_free_blocks(shapes, num_blocks,
     for _ in range(3000):
         if aborted and random.random() < 0.2:
             scheduler.abort(aborted.pop())
-        plan = scheduler.schedule()
-        if plan is None:
+        emitted = steps.one()
+        if emitted is None:
             break
-        for sequence, output in scheduler.update(plan, runner.run(plan)):
+        for sequence, output in emitted:
             outputs.setdefault(sequence.request.request_id, []).extend(output.token_ids)
             if output.finish_reason is not None:
                 aborted = [item for item in aborted if item is not sequence]

@@ -8,7 +8,7 @@ from engine.api import GenerateRequest, SamplingParams
 from engine.batch import OnLayer, SampledToken, StepPlan, StepResult
 from engine.block_pool import BlockPool
 from engine.scheduler import Scheduler
-from engine.sequence import Sequence
+from engine.sequence import PENDING, Sequence
 
 VOCAB = 50
 EOS = 49
@@ -17,30 +17,59 @@ EOS = 49
 class ToyRunner:
     """Writes each token into its slot, reads the whole context back, and samples from its sum."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, run_ahead: int = 0) -> None:
         self.block_size = block_size
+        self.run_ahead = run_ahead
+        self._last: dict[Sequence, tuple[int, int]] = {}
+        """What the step before sampled: place and token."""
         self.memory: list[tuple[int, int] | None] = [None] * (num_blocks * block_size)
         self.fail_next = False
 
     def run(self, plan: StepPlan, on_layer: OnLayer | None = None) -> StepResult:
+        return self.launch(plan, on_layer).result()
+
+    def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> "Done":
         if self.fail_next:
             self.fail_next = False
             raise RuntimeError("toy failure")
-        result = StepResult()
+        result, sampled = StepResult(), {}
         for share in plan.shares:
-            sequence, end = share.sequence, share.start + share.num_tokens
-            for position in range(share.start, end):
-                self.memory[self._slot(sequence, position)] = (position, sequence.token_ids[position])
+            sequence = share.sequence
+            tokens = self._tokens(sequence, share.stop)
+            for position in range(share.start, share.stop):
+                self.memory[self._slot(sequence, position)] = (position, tokens[position])
             if on_layer is not None:
                 on_layer(0, None)
-            for position in range(end):
+            for position, token in enumerate(tokens):
                 found = self.memory[self._slot(sequence, position)]
-                assert found == (position, sequence.token_ids[position]), f"wrong KV at {position}: {found}"
-            result.sampled.append(SampledToken(next_token(sequence.token_ids)) if share.samples else None)
-        return result
+                assert found == (position, token), f"wrong KV at {position}: {found}"
+            if share.samples:
+                sampled[sequence] = (share.stop, next_token(tokens))
+            result.sampled.append(SampledToken(sampled[sequence][1]) if share.samples else None)
+        self._last = sampled
+        return Done(result)
+
+    def _tokens(self, sequence: Sequence, stop: int) -> list[int]:
+        """The first tokens of a sequence; one that is pending must be what the step before sampled."""
+        tokens = sequence.token_ids[:stop]
+        if tokens[-1] == PENDING:
+            place, tokens[-1] = self._last[sequence]
+            assert place == stop - 1
+        assert PENDING not in tokens
+        return tokens
 
     def _slot(self, sequence: Sequence, position: int) -> int:
         return sequence.block_ids[position // self.block_size] * self.block_size + position % self.block_size
+
+
+class Done:
+    """A step that was computed when it was launched."""
+
+    def __init__(self, result: StepResult) -> None:
+        self._result = result
+
+    def result(self) -> StepResult:
+        return self._result
 
 
 def next_token(tokens: Seq[int]) -> int:
