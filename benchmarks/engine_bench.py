@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from benchmarks.engine_cases import Case, Figure, decode_figure, demand, prefill_figure, random_prompts
+from benchmarks.engine_ceilings import rest
 from benchmarks.engine_driver import Driver, Run, Watch
 from benchmarks.engine_trace import Breakdown, Tracer, break_down, step_marks
 from engine.config import CacheOptions, EngineOptions, ModelOptions
@@ -49,6 +50,8 @@ class Settings:
     steps: int = 128
     """Decode steps of one figure."""
     quick: bool = False
+    rest: bool = True
+    """Whether a prompt to be prefilled comes to a GPU that has rested, rather than behind another one."""
     trace: bool = True
     """Whether to record kernels afterwards; never on a CPU."""
 
@@ -100,8 +103,12 @@ class Bench:
         steps = self.settings.steps
         if case.kind == "decode":
             return decode_figure(self._run(case, steps), demand(case, steps, self._step_tokens).prompt_lens, steps)
-        repeats = case.repeats(quick=self.settings.quick)
-        return prefill_figure([self._run(case, steps) for _ in range(repeats)], case.length)
+        runs = []
+        for _ in range(case.repeats(quick=self.settings.quick)):
+            if self.settings.rest:
+                rest(torch.device(self.settings.device))
+            runs.append(self._run(case, steps))
+        return prefill_figure(runs, case.length)
 
     def trace(self, case: Case) -> Breakdown | None:
         """Where the time goes in some steps of a decode case, or in one prefill from its first kernel to its last.

@@ -17,6 +17,9 @@ class Ceilings:
     """Device-to-device copy, bytes read + written."""
     read_bytes_s: float
     matrix_flop_s: float
+    """In a burst on a card that has rested: what short work reaches."""
+    sustained_flop_s: float = 0.0
+    """The same product for as long as a long prompt takes: the card's power then limits its clock."""
 
     @classmethod
     def best(cls, measured: list[Ceilings]) -> Ceilings:
@@ -25,6 +28,7 @@ class Ceilings:
             copy_bytes_s=max(each.copy_bytes_s for each in measured),
             read_bytes_s=max(each.read_bytes_s for each in measured),
             matrix_flop_s=max(each.matrix_flop_s for each in measured),
+            sustained_flop_s=max(each.sustained_flop_s for each in measured),
         )
 
 

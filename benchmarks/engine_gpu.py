@@ -79,6 +79,7 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--block-sizes", type=_numbers, help=f"measure {' and '.join(BLOCK_SIZE_CASES)} at each")
     parser.add_argument("--attention", choices=("auto", "sdpa", "triton", "flash"), default="auto")
     parser.add_argument("--no-graphs", action="store_true", help="without CUDA graphs")
+    parser.add_argument("--no-rest", action="store_true", help="prefill prompts back to back, on a hot GPU")
     parser.add_argument("--no-trace", action="store_true", help="without the profiler")
     parser.add_argument("--max-step-tokens", type=int, help="default: the engine's own")
     parser.add_argument("--max-running", type=int, default=256)
@@ -111,6 +112,7 @@ def settings_of(arguments: argparse.Namespace, directory: Path) -> Settings:
         max_running=arguments.max_running,
         steps=arguments.steps or (QUICK_STEPS if arguments.quick else STEPS),
         quick=arguments.quick,
+        rest=not arguments.no_rest,
         trace=not (arguments.no_trace or arguments.block_sizes),
     )
 

@@ -126,7 +126,8 @@ def print_report(report: Report, console: Console, *, verbose: bool) -> None:
     for when, each in zip(("first", "last"), report.ceilings, strict=False):
         console.print(
             f"ceilings, {when}: copy {each.copy_bytes_s / 1e12:.3f} TB/s, read {each.read_bytes_s / 1e12:.3f} TB/s, "
-            f"bf16 product {each.matrix_flop_s / 1e12:.1f} TFLOP/s",
+            f"bf16 product {each.matrix_flop_s / 1e12:.1f} TFLOP/s in a burst, "
+            f"{each.sustained_flop_s / 1e12:.1f} sustained",
             highlight=False,
         )
     console.print(_table(report))

@@ -21,7 +21,7 @@ class ModelOptions:
     max_model_len: int | None = None
     """Most tokens of prompt and answer together; default: what the model was trained for."""
     load_format: Literal["auto", "dummy"] = "auto"
-    """auto: the checkpoint's own weights; dummy: random ones made on the device, for benchmarks (only the header is read)."""
+    """auto: the checkpoint's own weights; dummy: random ones made on the device (only the header is read)."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -66,13 +66,13 @@ class EngineOptions:
     threads: int = 1
     """CPU threads an engine process may use for tensor work."""
     max_step_tokens: int | None = None
-    """Most tokens computed in one step: longer prompts are cut into chunks of this size; default: 512 on a CPU, 2,048 on
-    a GPU."""
+    """Most tokens computed in one step: longer prompts are cut into chunks of this size; default: 512 on a CPU,
+    2,048 on a GPU."""
     max_running: int = 64
     """Most sequences in one step."""
     attention: Literal["auto", "sdpa", "triton", "flash"] = "auto"
-    """Attention backend. sdpa: torch's own, anywhere; triton: a split-KV kernel for decoding and torch's flash attention
-    for prompts; flash: the same kernel and flash-attn-4 for prompts; auto: the fastest that runs on the device."""
+    """Attention backend. sdpa: torch's own, anywhere; triton: a split-KV kernel for decoding and torch's flash
+    attention for prompts; flash: the same kernel and flash-attn-4 for prompts; auto: the fastest that runs here."""
     overlap: Literal["auto", "on", "off"] = "auto"
     """Schedule a step while the one before it is still computed; auto: on a GPU."""
     cuda_graphs: bool = True

@@ -29,7 +29,7 @@ from engine.sampler import choose_greedy
 from engine.upload import offsets_of
 
 DECODE_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-PROMPT_ROWS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+PROMPT_ROWS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 MAX_PROMPTS = 16
 """Sequences of a recorded prompt step."""
 MAX_PAGES_TOKENS = 8192
@@ -153,9 +153,8 @@ class StepGraphs:
         token_ids, sources, positions, slot_ids, starts, table, block_ids = views
         plan = PagedPlan(rows, Splits(table.view(-1, SPLIT_FIELDS), starts, block_ids), None)
         samples = torch.arange(rows, dtype=torch.int32, device=token_ids.device)
-        batch = Batch(
-            token_ids, sources, self._choices, positions, slot_ids, samples, _EMPTY, every_row_samples=True, scratch=plan
-        )
+        batch = Batch(token_ids, sources, self._choices, positions, slot_ids, samples, _EMPTY, scratch=plan)
+        batch.every_row_samples = True
         self._inputs.fill([*_rows([], rows), *_pad([], sizes[4:], -1), (np.zeros(1, np.int32), rows, 0)])
         return self._make(batch, with_events=False)
 

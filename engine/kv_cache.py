@@ -16,8 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
-from engine.config import CacheOptions
-from engine.errors import CapacityError, IntegrityError
+from engine.errors import IntegrityError
 from engine.models.config import ModelConfig
 
 MIN_BLOCKS = 2
@@ -78,7 +77,8 @@ class KVCache:
     def read_blocks(self, layer: int, block_ids: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """A copy of a layer's first num_tokens keys and values in any blocks, in the shape that `read` gives."""
         by_block = self._layers[layer].unflatten(2, (self.num_blocks, self.block_size))
-        return by_block.index_select(2, block_ids).flatten(2, 3)[:, :, :num_tokens]
+        copied: torch.Tensor = by_block.index_select(2, block_ids).flatten(2, 3)
+        return copied[:, :, :num_tokens]
 
     @torch.inference_mode()
     def gather(self, first_layer: int, num_layers: int, slot_ids: Sequence[int], out: torch.Tensor) -> None:

@@ -130,7 +130,7 @@ class ModelRunner:
     def warm_up(self, on_progress: OnProgress | None = None) -> None:
         """Compute steps of typical shapes, so that no request pays for first-time work, and record the common ones.
 
-        on_progress hears (recorded, to be recorded). Writes over the cache's contents: call it before the first request.
+        on_progress hears (recorded, to be recorded). Writes over the cache's contents: call it before any request.
         """
         began = time.monotonic()
         capacity = min(self.max_model_len - 1, self.kv_cache.num_slots)

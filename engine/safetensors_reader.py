@@ -134,7 +134,7 @@ class _Staging:
     def _buffers(self) -> list[tuple[torch.Tensor, torch.cuda.Event]]:
         if not hasattr(self._own, "buffers"):
             pinned = (torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2))
-            self._own.buffers = [(buffer, torch.cuda.Event()) for buffer in pinned]  # type: ignore[no-untyped-call]
+            self._own.buffers = [(buffer, torch.cuda.Event()) for buffer in pinned]
         buffers: list[tuple[torch.Tensor, torch.cuda.Event]] = self._own.buffers
         return buffers
 

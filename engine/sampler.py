@@ -93,8 +93,8 @@ class Sampler:
     ) -> Sampled:
         """Choose for every row of logits [num_shares, vocab_size], which are left as they are.
 
-        choices [num_shares, 2] has each row's greedy choice and is overwritten where more is asked for; the token before
-        the one to choose is token_ids[rows[share]] [int64].
+        choices [num_shares, 2] has each row's greedy choice and is overwritten where more is asked for; the token
+        before the one to choose is token_ids[rows[share]] [int64].
         """
         special = [index for index, share in enumerate(shares) if self._is_special(share)]
         logprobs: list[_Logprobs] = []

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 
 from engine.api import FinishReason, GenerateRequest, TokenLogprobs
 
-
 PENDING = -1
 """Stands in token_ids for a token that a step under way samples."""
 
@@ -34,7 +33,7 @@ class Sequence:
 
     request: GenerateRequest
     token_ids: list[int]
-    """Prompt, then everything generated (by earlier attempts too), then PENDING for each step under way that samples."""
+    """Prompt, then what was generated (by earlier attempts too), then PENDING for each step under way that samples."""
     arrival: float
     """Monotonic seconds of the first arrival; survives preemption."""
     num_computed_tokens: int = 0

@@ -30,9 +30,7 @@ def upload_together(arrays: Sequence[np.ndarray], device: torch.device) -> list[
     for start, array in zip(starts, arrays, strict=False):
         host[start : start + array.size] = array.ravel()
     there = packed.to(device, non_blocking=True)
-    return [
-        there[start : start + array.size].view(array.shape) for start, array in zip(starts, arrays, strict=False)
-    ]
+    return [there[start : start + array.size].view(array.shape) for start, array in zip(starts, arrays, strict=False)]
 
 
 def offsets_of(sizes: Sequence[int]) -> list[int]:

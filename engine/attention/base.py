@@ -16,7 +16,7 @@ class AttentionBackend(Protocol):
     """
 
     def plan(self, batch: Batch) -> None:
-        """Work out, once a step and before its forward pass, what is the same for all layers; leave it in batch.scratch."""
+        """Leave in batch.scratch what is the same for all layers: once a step, before its forward pass."""
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, batch: Batch) -> torch.Tensor:
         """Attend each token of the step to itself and all earlier tokens of its sequence.

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from engine.batch import Batch, StepShape
-from engine.kernels.attention import Splits, SplitPlanner, decode_attention
+from engine.kernels.attention import SplitPlanner, Splits, decode_attention
 from engine.kv_cache import KVCache
 from engine.upload import upload_together
 

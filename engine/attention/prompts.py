@@ -6,6 +6,7 @@ Shapes: n = a sequence's tokens in this step, context = its tokens of KV after t
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from dataclasses import dataclass
 from typing import cast
 
@@ -28,7 +29,7 @@ def can_flash(kv_cache: KVCache) -> bool:
     if not data.is_cuda or data.dtype not in (torch.bfloat16, torch.float16) or head_dim % 8:
         return False
     major, _ = torch.cuda.get_device_capability(data.device)
-    if not (major == 9 and head_dim <= 256 or major in (10, 11) and head_dim <= 128):
+    if not ((major == 9 and head_dim <= 256) or (major in (10, 11) and head_dim <= 128)):
         return False
     try:
         return importlib.util.find_spec(FLASH_PACKAGE) is not None
@@ -53,6 +54,7 @@ class FlashPrompts:
     def __init__(self, kv_cache: KVCache) -> None:
         from flash_attn.cute import flash_attn_varlen_func
 
+        warnings.filterwarnings("ignore", message=".*cannot be converted to a JitArgument", category=UserWarning)
         self._attend = flash_attn_varlen_func
         self._cache = kv_cache
 

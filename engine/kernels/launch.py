@@ -3,6 +3,9 @@
 Programmatic dependent launch (Hopper and later): a kernel may start while the one before it on the stream drains. Every
 kernel here that is launched so first does what depends on nothing (fetching weights into the L2 cache), then calls
 `wait_for_previous`; behind that call all that earlier kernels wrote is there, and nothing they read is still needed.
+`let_next_start` says that the next kernel may be started once all programs of this one have come so far. Small kernels
+call it first of all; those that read much call it at the end, or what waits would take the place of what works and
+fetch what is evicted before its turn.
 """
 
 from __future__ import annotations
@@ -47,7 +50,13 @@ def overlap(tensor: torch.Tensor) -> dict[str, Any]:
 
 @triton.jit
 def wait_for_previous(PDL: tl.constexpr):
-    """Let the next kernel start when it can; wait until all before this one are done."""
+    """Wait until all kernels before this one are done."""
+    if PDL:
+        gdc_wait()
+
+
+@triton.jit
+def let_next_start(PDL: tl.constexpr):
+    """The kernel behind this one may start its programs."""
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()

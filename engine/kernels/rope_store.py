@@ -1,6 +1,6 @@
 """Rotate queries and keys by their positions and store keys and values, in one pass over a step's heads.
 
-Shapes: heads [num_rows, num_heads + 2 * num_kv_heads, head_dim], queries, then keys, then values; element i of a head is
+Shapes: heads [num_rows, num_heads + 2 * num_kv_heads, head_dim], queries, keys, values; element i of a head is
 paired with element i + head_dim / 2. keys, values [num_slots, num_kv_heads, head_dim] are one layer of the cache.
 """
 
@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.launch import overlap, wait_for_previous
+from engine.kernels.launch import let_next_start, overlap, wait_for_previous
 from engine.layers.norm import RMSNorm
 
 FEW_ROWS = 64
@@ -36,59 +36,35 @@ def rope_store(
     num_rows, num_all, head_dim = heads.shape
     num_kv_heads = keys_values.shape[1]
     tile = min(triton.next_power_of_2(num_all), 4 if num_rows <= FEW_ROWS else 16)
-    _, head_stride, slot_stride, _ = keys_values.stride()
+    query_norm, key_norm, eps = frequencies, frequencies, 0.0
+    if q_norm is not None and k_norm is not None:
+        query_norm, key_norm, eps = q_norm.weight, k_norm.weight, q_norm.eps
+    value_stride, head_stride, slot_stride, _ = keys_values.stride()
     rope_store_kernel[(num_rows, triton.cdiv(num_all, tile))](
-        heads,
-        positions,
-        slot_ids,
-        frequencies,
-        keys_values,
-        q_norm.weight if q_norm is not None else frequencies,
-        k_norm.weight if k_norm is not None else frequencies,
-        q_norm.eps if q_norm is not None else 0.0,
-        heads.stride(0),
-        num_all - 2 * num_kv_heads,
-        num_kv_heads,
-        keys_values.stride(0),
-        head_stride,
-        slot_stride,
+        heads, positions, slot_ids, frequencies, keys_values, query_norm, key_norm, eps,
+        heads.stride(0), num_all - 2 * num_kv_heads, num_kv_heads, value_stride, head_stride, slot_stride,
         HALF=head_dim // 2,
         BLOCK=triton.next_power_of_2(head_dim // 2),
         HEADS=tile,
         NORMED=q_norm is not None,
         num_warps=4,
         **overlap(heads),
-    )
+    )  # fmt: skip
 
 
 @triton.jit
 def rope_store_kernel(
-    heads,
-    positions,
-    slot_ids,
-    frequencies,
-    cache,
-    query_norm,
-    key_norm,
-    eps,
-    row_stride,
-    num_heads,
-    num_kv_heads,
-    value_stride,
-    head_stride,
-    slot_stride,
-    HALF: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HEADS: tl.constexpr,
-    NORMED: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    heads, positions, slot_ids, frequencies, cache, query_norm, key_norm, eps,
+    row_stride, num_heads, num_kv_heads, value_stride, head_stride, slot_stride,
+    HALF: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, NORMED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """A few heads of one row a program."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]  # [HEADS, 1]
     column = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
     inside = (head < num_heads + 2 * num_kv_heads) & (column < HALF)
     frequency = tl.load(frequencies + column, mask=column < HALF, other=0.0)
+    let_next_start(PDL)
     wait_for_previous(PDL)
     place = heads + row * row_stride + head * (2 * HALF) + column
     first = tl.load(place, mask=inside, other=0.0).to(tl.float32)
@@ -96,12 +72,9 @@ def rope_store_kernel(
     if NORMED:
         square = tl.sum(first * first + second * second, axis=1)[:, None] / (2 * HALF)
         rstd = tl.rsqrt(square + eps)
-        is_query, is_key = head < num_heads, (head >= num_heads) & (head < num_heads + num_kv_heads)
-        query_mask, key_mask = is_query & (column < HALF), is_key & (column < HALF)
-        low = tl.load(query_norm + column + 0 * head, mask=query_mask, other=0.0).to(tl.float32)
-        low += tl.load(key_norm + column + 0 * head, mask=key_mask, other=0.0).to(tl.float32)
-        high = tl.load(query_norm + HALF + column + 0 * head, mask=query_mask, other=0.0).to(tl.float32)
-        high += tl.load(key_norm + HALF + column + 0 * head, mask=key_mask, other=0.0).to(tl.float32)
+        weights = tl.where(head < num_heads, query_norm + column, key_norm + column)
+        low = tl.load(weights, mask=column + 0 * head < HALF, other=0.0).to(tl.float32)
+        high = tl.load(weights + HALF, mask=column + 0 * head < HALF, other=0.0).to(tl.float32)
         is_value = head >= num_heads + num_kv_heads
         first = tl.where(is_value, first, first * rstd * low)
         second = tl.where(is_value, second, second * rstd * high)

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.launch import overlap, wait_for_previous
+from engine.kernels.launch import let_next_start, overlap, wait_for_previous
 
 SILU_BLOCK = 2048
 EMBED_BLOCK = 2048
@@ -37,6 +37,7 @@ def rms_norm_kernel(x, weight, out, x_stride, size, eps, BLOCK: tl.constexpr, PD
     columns = tl.arange(0, BLOCK)
     inside = columns < size
     scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    let_next_start(PDL)
     wait_for_previous(PDL)
     values = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
     rstd = tl.rsqrt(tl.sum(values * values, axis=0) / size + eps)
@@ -58,6 +59,7 @@ def silu_mul_kernel(gate_up, out, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < size
+    let_next_start(PDL)
     wait_for_previous(PDL)
     gate = tl.load(gate_up + row * 2 * size + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * size + size + columns, mask=inside, other=0.0).to(tl.float32)
@@ -87,6 +89,7 @@ def embed_kernel(token_ids, sources, previous, table, out, tokens, size, BLOCK: 
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < size
+    let_next_start(PDL)
     wait_for_previous(PDL)
     source = tl.load(sources + row)
     token = tl.load(token_ids + row).to(tl.int64)
@@ -108,9 +111,7 @@ def greedy(logits: torch.Tensor, choices: torch.Tensor) -> None:
         logits, values, indices, logits.stride(0), size, num_chunks, BLOCK=GREEDY_BLOCK, num_warps=8, **overlap(logits)
     )
     block = triton.next_power_of_2(num_chunks)
-    greedy_merge_kernel[(num_rows,)](
-        values, indices, choices, num_chunks, BLOCK=block, num_warps=1, **overlap(logits)
-    )
+    greedy_merge_kernel[(num_rows,)](values, indices, choices, num_chunks, BLOCK=block, num_warps=1, **overlap(logits))
 
 
 @triton.jit
@@ -120,6 +121,7 @@ def greedy_kernel(logits, values, indices, stride, size, num_chunks, BLOCK: tl.c
     chunk = tl.program_id(1)
     columns = chunk * BLOCK + tl.arange(0, BLOCK)
     inside = columns < size
+    let_next_start(PDL)
     wait_for_previous(PDL)
     found = tl.load(logits + row * stride + columns, mask=inside, other=-float("inf")).to(tl.float32)
     found = tl.where(found == found, found, float("inf"))
@@ -135,6 +137,7 @@ def greedy_merge_kernel(values, indices, choices, num_chunks, BLOCK: tl.constexp
     row = tl.program_id(0).to(tl.int64)
     chunks = tl.arange(0, BLOCK)
     inside = chunks < num_chunks
+    let_next_start(PDL)
     wait_for_previous(PDL)
     found = tl.load(values + row * num_chunks + chunks, mask=inside, other=-float("inf"))
     index = tl.load(indices + row * num_chunks + chunks, mask=inside, other=2147483647)

@@ -116,7 +116,10 @@ class RowParallelLinear:
             self._matrix, self._assembly = matrix, None
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """x [num_rows, this rank's inputs], residual [num_rows, outputs] -> product over all ranks + residual, which may be overwritten."""
+        """The product over all ranks + residual, which may be overwritten.
+
+        x [num_rows, this rank's inputs], residual [num_rows, outputs] -> [num_rows, outputs].
+        """
         if self._parallel.size == 1:
             return self._matrix.multiply_add(x, residual)
         return self._parallel.all_reduce(self._matrix.multiply(x)).add_(residual)

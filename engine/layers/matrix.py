@@ -11,12 +11,15 @@ go through kernels that read the weight once at the memory's speed and do what s
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch.nn import functional
 
 from engine.layers.norm import RMSNorm
+
+if TYPE_CHECKING:
+    from engine.kernels.skinny import Tile
 
 ROW_MULTIPLE = 4
 """Packed matrices want this many rows or a multiple: four rows take less time than one (the kernel for a
@@ -108,30 +111,35 @@ class SkinnyMatrix:
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """See Matrix."""
-        if not self._fits(x):
+        tile = self._tile(x)
+        if tile is None:
             return self._dense.multiply(x)
-        return self._kernels.skinny_linear(x, self._weight, bias=self._bias)
+        return self._kernels.skinny_linear(x, self._weight, tile, bias=self._bias)
 
     def multiply_add(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """See Matrix."""
-        if not self._fits(x):
+        tile = self._tile(x)
+        if tile is None:
             return self._dense.multiply_add(x, other)
-        return self._kernels.skinny_linear(x, self._weight, bias=self._bias, residual=other)
+        return self._kernels.skinny_linear(x, self._weight, tile, bias=self._bias, residual=other)
 
     def multiply_normed(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
         """See Matrix."""
-        if not self._fits(x):
+        tile = self._tile(x)
+        if tile is None:
             return self._dense.multiply_normed(x, norm)
-        return self._kernels.skinny_linear(x, self._weight, bias=self._bias, norm=norm)
+        return self._kernels.skinny_linear(x, self._weight, tile, bias=self._bias, norm=norm)
 
     def multiply_gated(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
         """See Matrix."""
-        if not self._fits(x):
+        tile = self._tile(x, gated=True)
+        if tile is None:
             return self._dense.multiply_gated(x, norm)
-        return self._kernels.skinny_linear(x, self._weight, bias=self._bias, norm=norm, gated=True)
+        return self._kernels.skinny_linear(x, self._weight, tile, bias=self._bias, norm=norm, gated=True)
 
-    def _fits(self, x: torch.Tensor) -> bool:
-        return self._kernels.fits(x.shape[0], self._weight)
+    def _tile(self, x: torch.Tensor, *, gated: bool = False) -> Tile | None:
+        outputs, inputs = self._weight.shape
+        return self._kernels.choose_tile(x.shape[0], outputs // 2 if gated else outputs, inputs, gated=gated)
 
 
 def gate(gate_up: torch.Tensor) -> torch.Tensor:

@@ -100,7 +100,8 @@ class Layer:
         num_heads, num_kv_heads, batch = self._num_heads, self._num_kv_heads, step.batch
         heads = self._qkv(x, self._norms["input_layernorm"])
         heads = heads.view(x.shape[0], num_heads + 2 * num_kv_heads, self._head_dim)
-        step.positions.place(heads, step.kv_cache.layer(self._index), self._norms.get("q_norm"), self._norms.get("k_norm"))
+        q_norm, k_norm = self._norms.get("q_norm"), self._norms.get("k_norm")
+        step.positions.place(heads, step.kv_cache.layer(self._index), q_norm, k_norm)
         if batch.on_layer is not None:
             batch.on_layer(self._index, _mark(x.device))
         q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
