@@ -18,12 +18,12 @@ from benchmarks.engine_driver import Driver, Run, Watch
 from benchmarks.engine_trace import Breakdown, Tracer, break_down, step_marks
 from engine.config import CacheOptions, EngineOptions, ModelOptions
 from engine.engine import Engine
+from engine.runner import CPU_STEP_TOKENS, GPU_STEP_TOKENS
 
 NUM_FIGURES = 2
 WARM_STEPS = 4
 SPARE_BLOCKS = 64
-DEFAULT_STEP_TOKENS = {"cuda": 2048, "cpu": 512}
-"""The engine's own default of max_step_tokens."""
+DEFAULT_STEP_TOKENS = {"cuda": GPU_STEP_TOKENS, "cpu": CPU_STEP_TOKENS}
 
 TRACE_STEPS = 32
 TRACE_FIRST, TRACE_LAST = 4, 28

@@ -39,6 +39,7 @@ from benchmarks.engine_ceilings import measure_ceilings
 from benchmarks.engine_floor import Ceilings, Shape
 from benchmarks.engine_peer import measure_peer
 from benchmarks.engine_report import Report, peer_row, print_report, row_of
+from engine.runner import CPU_BLOCK_SIZE, GPU_BLOCK_SIZE
 
 LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -75,7 +76,7 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="a directory with another config.json")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--block-size", type=int, help="default: the engine's own")
     parser.add_argument("--block-sizes", type=_numbers, help=f"measure {' and '.join(BLOCK_SIZE_CASES)} at each")
     parser.add_argument("--attention", choices=("auto", "sdpa", "triton", "flash"), default="auto")
     parser.add_argument("--no-graphs", action="store_true", help="without CUDA graphs")
@@ -101,11 +102,12 @@ def _numbers(text: str) -> list[int]:
 
 
 def settings_of(arguments: argparse.Namespace, directory: Path) -> Settings:
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Settings(
         directory=directory,
-        device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device,
         dtype=arguments.dtype,
-        block_size=arguments.block_size,
+        block_size=arguments.block_size or (CPU_BLOCK_SIZE if device == "cpu" else GPU_BLOCK_SIZE),
         attention=arguments.attention,
         cuda_graphs=not arguments.no_graphs,
         max_step_tokens=arguments.max_step_tokens,

@@ -35,7 +35,7 @@ CLASSES: tuple[tuple[str, str], ...] = (
     ("splitk", "products"),
     ("cublas", "products"),
     ("skinny_linear", "products"),
-    ("gate_up", "products"),
+    ("row_linear", "products"),
     ("cute", "attention"),
 )
 """Part of a kernel's name in lower case -> its class; the first that fits counts, and none means REST."""

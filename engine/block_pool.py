@@ -6,7 +6,7 @@ A block is in one of three states:
     FINDABLE  reference count 0, content known by hash; reused last, least recently used first
     FREE      reference count 0, content meaningless; reused first
 
-allocate: FREE/FINDABLE -> HELD.   acquire: FINDABLE/HELD -> HELD (shared).
+allocate: FREE/FINDABLE -> HELD.   forget_findable: FINDABLE -> FREE.   acquire: FINDABLE/HELD -> HELD (shared).
 release:  HELD -> FINDABLE if published, else FREE.   publish: makes a HELD block findable later.
 
 One thread (the engine loop) calls everything here.
@@ -80,6 +80,13 @@ class BlockPool:
             return
         self._hash_of[block] = content
         self._block_of[content] = block
+
+    def forget_findable(self) -> None:
+        """Give out no content any more that nobody holds: it may be as wrong as what was just found to be."""
+        for block in self._findable:
+            self._forget(block)
+            self._free[block] = None
+        self._findable.clear()
 
     def release(self, blocks: Sequence[int]) -> None:
         """Give back blocks, the last ones of a sequence to be reused first."""

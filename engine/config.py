@@ -34,8 +34,10 @@ class ModelOptions:
 class CacheOptions:
     """The paged KV cache of each worker."""
 
-    block_size: int = 16
-    """Tokens a block."""
+    block_size: int | None = None
+    """Tokens a block: 8, 16, 32, 64 or 128; default: 16 on a CPU, 128 on a GPU, where flash-attn-4 is 8 % faster with
+    blocks of that size (benchmarks/RESULTS.md). Prefixes are shared by whole blocks; workers that exchange KV need the
+    same size."""
     num_blocks: int | None = None
     """Blocks of a worker; default: as many as fit into memory_mib."""
     memory_mib: int | None = None
@@ -47,7 +49,7 @@ class CacheOptions:
     """Keep finished blocks findable by content, so that equal prefixes are computed once."""
 
     def __post_init__(self) -> None:
-        if self.block_size not in (8, 16, 32, 64, 128):
+        if self.block_size not in (None, 8, 16, 32, 64, 128):
             raise ValueError(f"block_size must be 8, 16, 32, 64 or 128, got {self.block_size}")
         if self.num_blocks is not None and self.num_blocks < 2:
             raise ValueError(f"num_blocks must be at least 2, got {self.num_blocks}")

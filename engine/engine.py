@@ -6,6 +6,7 @@ the oracle of split serving. In a worker the pools submit sequences through `loo
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -53,14 +54,14 @@ class Engine:
         options = options or EngineOptions()
         self.runner = ModelRunner(model, cache, options, on_progress=on_progress)
         num_blocks = self.runner.kv_cache.num_blocks
-        self.max_model_len = min(self.runner.max_model_len, num_blocks * cache.block_size)
+        self.max_model_len = min(self.runner.max_model_len, num_blocks * self.runner.block_size)
         self.model_hash = fingerprint(self.runner.source, model.load_format)
         dtype = str(self.runner.dtype).removeprefix("torch.")
         self.pool = BlockPool(num_blocks, prefix_caching=cache.prefix_caching)
         self.scheduler = Scheduler(
             self.pool,
-            block_size=cache.block_size,
-            root_hash=root_hash(self.model_hash, dtype, cache.block_size),
+            block_size=self.runner.block_size,
+            root_hash=root_hash(self.model_hash, dtype, self.runner.block_size),
             max_step_tokens=self.runner.max_step_tokens,
             max_running=options.max_running,
             max_model_len=self.max_model_len,
@@ -69,11 +70,17 @@ class Engine:
         self.loop = EngineLoop(self.scheduler, self.runner)
 
     def start(self) -> None:
-        """Start the loop's thread."""
+        """Start the loop's thread.
+
+        While it runs, Python's garbage collector leaves out what was made before: to look through a model and the
+        libraries behind it takes it 100 ms and more, and every stream would wait for that.
+        """
+        gc.freeze()
         self.loop.start()
 
     def stop(self) -> None:
         """Stop the loop's thread."""
+        gc.unfreeze()
         self.loop.stop()
 
     def __enter__(self) -> Engine:

@@ -19,8 +19,6 @@ import torch
 from engine.errors import IntegrityError
 from engine.models.config import ModelConfig
 
-MIN_BLOCKS = 2
-
 
 class KVCache:
     """The keys and values of one rank."""
@@ -36,7 +34,11 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """Allocate room for num_blocks blocks, with no content yet: a CPU spends memory only on what is written."""
+        """Allocate room for num_blocks blocks, with no content yet: a CPU spends memory only on what is written.
+
+        On a GPU the content is zero: flash attention multiplies slots of a block that hold no token yet by zero, so
+        they must be numbers.
+        """
         self.num_layers = num_layers
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -46,7 +48,7 @@ class KVCache:
         if device.type == "cpu":
             self.data = torch.empty(num_layers, 2, num_kv_heads, num_slots, head_dim, dtype=dtype, device=device)
         else:
-            memory = torch.empty(num_layers, 2, num_slots, num_kv_heads, head_dim, dtype=dtype, device=device)
+            memory = torch.zeros(num_layers, 2, num_slots, num_kv_heads, head_dim, dtype=dtype, device=device)
             self.data = memory.transpose(2, 3)
         self._layers: list[torch.Tensor] = list(self.data)
 
@@ -79,6 +81,13 @@ class KVCache:
         by_block = self._layers[layer].unflatten(2, (self.num_blocks, self.block_size))
         copied: torch.Tensor = by_block.index_select(2, block_ids).flatten(2, 3)
         return copied[:, :, :num_tokens]
+
+    @torch.inference_mode()
+    def scrub(self) -> None:
+        """Put zeros where there is no number, on a GPU: what a broken request left must not reach the next owner."""
+        if self.data.is_cuda:
+            for layer in self._layers:
+                layer.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
     @torch.inference_mode()
     def gather(self, first_layer: int, num_layers: int, slot_ids: Sequence[int], out: torch.Tensor) -> None:

@@ -39,21 +39,29 @@ log = logging.getLogger(__name__)
 
 OnProgress = Callable[[int, int], None]
 CPU_STEP_TOKENS, GPU_STEP_TOKENS = 512, 2048
+CPU_BLOCK_SIZE, GPU_BLOCK_SIZE = 16, 128
 
 
 class LaunchedStep:
     """A step that is being computed."""
 
-    def __init__(self, plan: StepPlan, sampled: Sampled | None, done: torch.cuda.Event | None) -> None:
+    def __init__(
+        self, plan: StepPlan, sampled: Sampled | None, done: torch.cuda.Event | None, kv_cache: KVCache
+    ) -> None:
         self._plan = plan
         self._sampled = sampled
         self._done = done
+        self._cache = kv_cache
 
     def result(self) -> StepResult:
         """Wait for the step; EngineError if the model gave logits that are not numbers."""
         if self._done is not None:
             self._done.synchronize()
-        sampled = iter(self._sampled.wait() if self._sampled is not None else ())
+        try:
+            sampled = iter(self._sampled.wait() if self._sampled is not None else ())
+        except EngineError:
+            self._cache.scrub()
+            raise
         return StepResult([next(sampled) if share.samples else None for share in self._plan.shares])
 
 
@@ -86,12 +94,13 @@ class ModelRunner:
         self.dtype = choose_dtype(model.dtype, self.config, self.device)
         self.max_model_len = choose_max_model_len(model.max_model_len, self.config)
         self.max_step_tokens = choose_step_tokens(options, self.device)
+        self.block_size = cache.block_size or (CPU_BLOCK_SIZE if self.device.type == "cpu" else GPU_BLOCK_SIZE)
         self.run_ahead = int(options.overlap == "on" or (options.overlap == "auto" and self.device.type == "cuda"))
         self._options = options
         self._row_multiple = row_multiple(self.device, self.dtype)
         self._num_kv_heads = len(parallel.share_kv_heads(self.config.num_kv_heads))
         self._num_heads = len(parallel.share(self.config.num_heads, "num_heads"))
-        self._builder = BatchBuilder(block_size=cache.block_size, row_multiple=self._row_multiple, device=self.device)
+        self._builder = BatchBuilder(block_size=self.block_size, row_multiple=self._row_multiple, device=self.device)
         self._sampler = Sampler(self.config.eos_token_ids)
         self._choices = torch.zeros(max(options.max_running, 16), 2, dtype=torch.int64, device=self.device)
         self._rows_of: dict[Sequence, int] = {}
@@ -100,7 +109,7 @@ class ModelRunner:
         with _out_of_memory_explained(self.device, "while the weights were loaded"):
             self._decoder = self._load(model, parallel, on_progress)
         with _out_of_memory_explained(self.device, "while the KV cache was made"):
-            self.kv_cache = self._make_cache(cache, self._count_blocks(cache))
+            self.kv_cache = self._make_cache(self._count_blocks(cache))
         self._attention = make_attention(options.attention, self.kv_cache, self._num_heads)
 
     def run(self, plan: StepPlan, on_layer: OnLayer | None = None) -> StepResult:
@@ -125,7 +134,7 @@ class ModelRunner:
         if forward.logits is not None and sampling:
             logits, rows = forward.logits[: len(sampling)], arrays.sample_indices.tolist()
             sampled = self._sampler.sample(logits, sampling, forward.token_ids, rows, choices)
-        return LaunchedStep(plan, sampled, _event(self.device) if sampled is None else None)
+        return LaunchedStep(plan, sampled, _event(self.device) if sampled is None else None, self.kv_cache)
 
     def warm_up(self, on_progress: OnProgress | None = None) -> None:
         """Compute steps of typical shapes, so that no request pays for first-time work, and record the common ones.
@@ -184,11 +193,11 @@ class ModelRunner:
                 decoder.load(name, weight)
         return decoder
 
-    def _make_cache(self, cache: CacheOptions, num_blocks: int) -> KVCache:
+    def _make_cache(self, num_blocks: int) -> KVCache:
         return KVCache(
             num_layers=self.config.num_layers,
             num_blocks=num_blocks,
-            block_size=cache.block_size,
+            block_size=self.block_size,
             num_kv_heads=self._num_kv_heads,
             head_dim=self.config.head_dim,
             dtype=self.dtype,
@@ -197,13 +206,13 @@ class ModelRunner:
 
     def _count_blocks(self, cache: CacheOptions) -> int:
         """As configured, or what a GPU has left after weights and the measured peak of its largest steps."""
-        block_bytes = bytes_per_block(self.config, self._num_kv_heads, cache.block_size, self.dtype)
+        block_bytes = bytes_per_block(self.config, self._num_kv_heads, self.block_size, self.dtype)
         configured = configured_blocks(cache, block_bytes, self.device)
         if configured is not None:
             return configured
         meter = PeakMeter(self.device, cache.gpu_memory_share)
         longest = min(self.max_step_tokens, self.max_model_len - 1)
-        self.kv_cache = self._make_cache(cache, -(-longest // cache.block_size))
+        self.kv_cache = self._make_cache(-(-longest // self.block_size))
         self._attention = make_attention(self._options.attention, self.kv_cache, self._num_heads)
         self._run_typical(longest)
         use = meter.read(extra=self.kv_cache.data.nbytes)

@@ -153,12 +153,13 @@ class Scheduler:
         return emitted
 
     def fail_all(self, reason: str) -> list[Emitted]:
-        """End every sequence because the step that held them failed."""
+        """End every sequence because the step that held them failed; no content of before is given out again."""
         emitted = []
         for sequence in self.sequences():
             self._leave(sequence)
             self._finish(sequence, FinishReason.FAILED)
             emitted.append((sequence, _end_output(sequence, reason)))
+        self.pool.forget_findable()
         return emitted
 
     def stats(self) -> EngineStats:

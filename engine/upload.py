@@ -42,16 +42,17 @@ def offsets_of(sizes: Sequence[int]) -> list[int]:
 
 
 class Download:
-    """A tensor on its way to the CPU."""
+    """What a tensor holds now, on its way to the CPU; the tensor may be overwritten meanwhile."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._host = tensor
         self._arrived: torch.cuda.Event | None = None
         if tensor.is_cuda:
             self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._host.copy_(tensor, non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()
+        else:
+            self._host = tensor.clone()
 
     def wait(self) -> torch.Tensor:
         """The tensor, once everything enqueued before it and its copy are done."""

@@ -8,6 +8,10 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton; see tests/engine/kernels
 
 from tests.engine.checkpoints import CheckpointFamily, make_checkpoint
 

@@ -18,9 +18,9 @@ class AttentionBackend(Protocol):
     def plan(self, batch: Batch) -> None:
         """Leave in batch.scratch what is the same for all layers: once a step, before its forward pass."""
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, batch: Batch) -> torch.Tensor:
+    def forward(self, q: torch.Tensor, layer: int, batch: Batch) -> torch.Tensor:
         """Attend each token of the step to itself and all earlier tokens of its sequence.
 
-        q is [num_rows, num_heads, head_dim]; k and v, [num_rows, num_kv_heads, head_dim], are this step's own.
-        Rows past the step's tokens are padding. Returns [num_rows, num_heads * head_dim]; padding rows mean nothing.
+        q is [num_rows, num_heads, head_dim]; rows past the step's tokens are padding. Returns
+        [num_rows, num_heads * head_dim]; padding rows mean nothing.
         """

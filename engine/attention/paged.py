@@ -61,7 +61,7 @@ class PagedAttention:
             prompts = self.prompts.plan(shape, num_decode)
         batch.scratch = PagedPlan(num_decode, splits, prompts)
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, batch: Batch) -> torch.Tensor:
+    def forward(self, q: torch.Tensor, layer: int, batch: Batch) -> torch.Tensor:
         """See AttentionBackend."""
         plan: PagedPlan = batch.scratch
         if plan.splits is None:

@@ -21,12 +21,16 @@ from engine.kv_cache import KVCache
 from engine.upload import upload_together
 
 FLASH_PACKAGE = "flash_attn.cute"
+MIN_FLASH_BLOCK = 16
+"""Smallest block that flash-attn-4 has been tried with here."""
 
 
 def can_flash(kv_cache: KVCache) -> bool:
     """Whether flash-attn-4 is installed and computes with this cache on its GPU."""
     data, head_dim = kv_cache.data, kv_cache.head_dim
-    if not data.is_cuda or data.dtype not in (torch.bfloat16, torch.float16) or head_dim % 8:
+    if not data.is_cuda or data.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if head_dim % 8 or kv_cache.block_size < MIN_FLASH_BLOCK:
         return False
     major, _ = torch.cuda.get_device_capability(data.device)
     if not ((major == 9 and head_dim <= 256) or (major in (10, 11) and head_dim <= 128)):
@@ -52,7 +56,9 @@ class FlashPrompts:
     """flash-attn-4 over the paged cache, all sequences in one call."""
 
     def __init__(self, kv_cache: KVCache) -> None:
-        from flash_attn.cute import flash_attn_varlen_func
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about its own imports
+            from flash_attn.cute import flash_attn_varlen_func
 
         warnings.filterwarnings("ignore", message=".*cannot be converted to a JitArgument", category=UserWarning)
         self._attend = flash_attn_varlen_func

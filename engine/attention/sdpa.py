@@ -64,7 +64,7 @@ class SdpaAttention:
             for i in range(first, shape.num_seqs)
         ]
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, batch: Batch) -> torch.Tensor:
+    def forward(self, q: torch.Tensor, layer: int, batch: Batch) -> torch.Tensor:
         """See AttentionBackend."""
         num_rows, num_heads, head_dim = q.shape
         outputs: list[torch.Tensor] = []

@@ -19,11 +19,14 @@ from engine.models.config import ModelConfig, RopeScaling, RopeScalingKind
 class Positions(Protocol):
     """The places of one step's rows: in their sequences, and in the cache."""
 
-    def place(self, heads: torch.Tensor, layer: torch.Tensor, q_norm: RMSNorm | None, k_norm: RMSNorm | None) -> None:
+    def place(
+        self, heads: torch.Tensor, layer: torch.Tensor, q_norm: RMSNorm | None, k_norm: RMSNorm | None
+    ) -> torch.Tensor:
         """Normalise (where there are norms) and rotate queries and keys, and store keys and values in their slots.
 
-        heads [num_rows, num_heads + 2 * num_kv_heads, head_dim], queries, then keys, then values, are changed in place,
-        on a GPU only the queries; layer [2, num_kv_heads, num_slots, head_dim] is a layer of the cache.
+        heads [num_rows, num_heads + 2 * num_kv_heads, head_dim], queries, then keys, then values, may be overwritten;
+        layer [2, num_kv_heads, num_slots, head_dim] is a layer of the cache. Returns the queries,
+        [num_rows, num_heads, head_dim].
         """
 
 
@@ -35,7 +38,9 @@ class TorchPositions:
     sin: torch.Tensor  # [num_rows, 1, head_dim], the first half negated
     slot_ids: torch.Tensor  # [num_tokens]: those of rows that are stored, which come first
 
-    def place(self, heads: torch.Tensor, layer: torch.Tensor, q_norm: RMSNorm | None, k_norm: RMSNorm | None) -> None:
+    def place(
+        self, heads: torch.Tensor, layer: torch.Tensor, q_norm: RMSNorm | None, k_norm: RMSNorm | None
+    ) -> torch.Tensor:
         """See Positions."""
         num_kv_heads, head_dim = layer.shape[1], layer.shape[3]
         num_heads = heads.shape[1] - 2 * num_kv_heads
@@ -46,6 +51,7 @@ class TorchPositions:
         rotate(heads[:, : num_heads + num_kv_heads], self.cos, self.sin)
         stored = heads[: self.slot_ids.shape[0], num_heads:]  # keys, then values
         layer.view(2 * num_kv_heads, -1, head_dim).index_copy_(1, self.slot_ids, stored.transpose(0, 1))
+        return heads[:, :num_heads]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +62,13 @@ class KernelPositions:
     positions: torch.Tensor  # [num_rows] int32
     slot_ids: torch.Tensor  # [num_rows] int32, -1: not stored
 
-    def place(self, heads: torch.Tensor, layer: torch.Tensor, q_norm: RMSNorm | None, k_norm: RMSNorm | None) -> None:
+    def place(
+        self, heads: torch.Tensor, layer: torch.Tensor, q_norm: RMSNorm | None, k_norm: RMSNorm | None
+    ) -> torch.Tensor:
         """See Positions."""
         from engine.kernels.rope_store import rope_store
 
-        rope_store(heads, self.positions, self.slot_ids, self.frequencies, layer, q_norm, k_norm)
+        return rope_store(heads, self.positions, self.slot_ids, self.frequencies, layer, q_norm, k_norm)
 
 
 class RotaryEmbedding:

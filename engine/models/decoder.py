@@ -101,11 +101,10 @@ class Layer:
         heads = self._qkv(x, self._norms["input_layernorm"])
         heads = heads.view(x.shape[0], num_heads + 2 * num_kv_heads, self._head_dim)
         q_norm, k_norm = self._norms.get("q_norm"), self._norms.get("k_norm")
-        step.positions.place(heads, step.kv_cache.layer(self._index), q_norm, k_norm)
+        q = step.positions.place(heads, step.kv_cache.layer(self._index), q_norm, k_norm)
         if batch.on_layer is not None:
             batch.on_layer(self._index, _mark(x.device))
-        q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
-        return step.attention.forward(q, k, v, self._index, batch)
+        return step.attention.forward(q, self._index, batch)
 
 
 def _mark(device: torch.device) -> torch.cuda.Event | None:

@@ -56,8 +56,7 @@ class Driver:
     def step(self, sequences: Seq[Sequence], chunk: int = 512, on_layer: OnLayer | None = None) -> None:
         """One step in which every sequence advances by up to `chunk` tokens."""
         shares = tuple(
-            ScheduledSequence.next_of(sequence, min(chunk, sequence.num_missing_tokens))
-            for sequence in sequences
+            ScheduledSequence.next_of(sequence, min(chunk, sequence.num_missing_tokens)) for sequence in sequences
         )
         result = self.runner.run(StepPlan(shares), on_layer)
         assert [sampled is not None for sampled in result.sampled] == [share.samples for share in shares]

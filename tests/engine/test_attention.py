@@ -81,10 +81,9 @@ def test_attention_is_its_definition(
     backend = make_attention("sdpa", cache, num_heads)
     num_tokens = batch.shape.num_tokens
     q = torch.randn(num_tokens + PADDING, num_heads, HEAD_DIM)
-    unused = torch.empty(num_tokens + PADDING, num_kv_heads, HEAD_DIM)
     backend.plan(batch)
     for layer in range(2):
-        out = backend.forward(q, unused, unused, layer, batch)
+        out = backend.forward(q, layer, batch)
         expected = by_definition(q[:num_tokens], cache, layer, batch)
         torch.testing.assert_close(out[:num_tokens], expected, rtol=1e-4, atol=1e-5)
         assert not out[num_tokens:].any()

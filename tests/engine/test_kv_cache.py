@@ -1,14 +1,13 @@
 from __future__ import annotations
 
-import dataclasses
 import random
 
 import pytest
 import torch
 
-from engine.config import CacheOptions
-from engine.errors import CapacityError, IntegrityError
-from engine.kv_cache import KVCache, blocks_for
+from engine.errors import IntegrityError
+from engine.kv_cache import KVCache, bytes_per_block
+from engine.layers.rotary import TorchPositions
 from engine.models.config import ModelConfig
 
 LAYERS, BLOCKS, BLOCK_SIZE, HEADS, HEAD_DIM = 3, 6, 8, 2, 4
@@ -45,14 +44,27 @@ def random_slots(count: int) -> list[int]:
     return random.Random(count).sample(range(BLOCKS * BLOCK_SIZE), count)
 
 
-def test_what_is_written_is_gathered() -> None:
+def test_what_is_placed_is_gathered() -> None:
+    """Positions that turn nothing; the last two rows are padding and have no slot."""
     cache, slots = make_cache(), random_slots(11)
-    written = torch.randn(LAYERS, 11, 2 * HEADS, HEAD_DIM)
+    still = torch.ones(13, 1, HEAD_DIM), torch.zeros(13, 1, HEAD_DIM)
+    placed = torch.randn(LAYERS, 13, 3 + 2 * HEADS, HEAD_DIM)  # 3 query heads
     for layer in range(LAYERS):
-        cache.write(layer, torch.tensor(slots), written[layer])
+        positions = TorchPositions(*still, torch.tensor(slots))
+        positions.place(placed[layer].clone(), cache.layer(layer), None, None)
     out = torch.empty(2, 2, 11, HEADS, HEAD_DIM)
     cache.gather(1, 2, slots, out)
-    assert torch.equal(out, written[1:].view(2, 11, 2, HEADS, HEAD_DIM).transpose(1, 2))
+    assert torch.equal(out, placed[1:, :11, 3:].reshape(2, 11, 2, HEADS, HEAD_DIM).transpose(1, 2))
+    assert len(cache.data.any(dim=-1).any(dim=2).any(dim=1).any(dim=0).nonzero()) == 11
+
+
+def test_blocks_are_read_in_the_order_given() -> None:
+    cache = make_cache()
+    cache.data.normal_()
+    read = cache.read_blocks(1, torch.tensor([4, 0, 2]), 19)
+    slots = [*range(32, 40), *range(8), 16, 17, 18]
+    assert torch.equal(read, cache.data[1][:, :, slots])
+    assert torch.equal(cache.read(1, 32, 5), cache.data[1][:, :, 32:37])
 
 
 def test_scatter_reverses_gather_and_touches_nothing_else() -> None:
@@ -105,17 +117,10 @@ def test_values_of_another_shape_or_type_are_refused() -> None:
                 move(0, 1, [0], data)
 
 
-def test_memory_decides_the_number_of_blocks_unless_it_is_given() -> None:
-    assert blocks_for(CacheOptions(num_blocks=7), CONFIG, torch.float32) == 7
+def test_a_blocks_memory_is_counted_over_all_layers_and_the_heads_of_one_rank() -> None:
     block_bytes = make_cache().bytes_per_block
     assert block_bytes == LAYERS * 2 * BLOCK_SIZE * HEADS * HEAD_DIM * 4
-    cache = CacheOptions(block_size=BLOCK_SIZE, memory_mib=1)
-    assert blocks_for(cache, CONFIG, torch.float32) == (1 << 20) // block_bytes
-    assert blocks_for(cache, CONFIG, torch.bfloat16) == (1 << 20) // (block_bytes // 2)
-    assert blocks_for(cache, CONFIG, torch.float32, num_kv_heads=1) == (1 << 20) // (block_bytes // 2)
-
-
-def test_too_little_memory_is_refused() -> None:
-    config = dataclasses.replace(CONFIG, num_layers=200, head_dim=64)
-    with pytest.raises(CapacityError, match=r"memory_mib \(1\) has room for 0 KV blocks of 26214400 bytes"):
-        blocks_for(CacheOptions(block_size=128, memory_mib=1), config, torch.float32)
+    assert bytes_per_block(CONFIG, HEADS, BLOCK_SIZE, torch.float32) == block_bytes
+    assert bytes_per_block(CONFIG, HEADS, BLOCK_SIZE, torch.bfloat16) == block_bytes // 2
+    assert bytes_per_block(CONFIG, 1, BLOCK_SIZE, torch.float32) == block_bytes // 2
+    assert bytes_per_block(CONFIG, HEADS, 4 * BLOCK_SIZE, torch.float32) == 4 * block_bytes

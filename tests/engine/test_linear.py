@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
+from engine.batch import Batch, StepShape
 from engine.errors import IntegrityError
 from engine.layers.embedding import ParallelHead, VocabParallelEmbedding
 from engine.layers.linear import ColumnParallelLinear, LinearSpec, RowParallelLinear
 from engine.layers.matrix import DenseMatrix, Matrix, PackedMatrix, can_pack, make_matrix, row_multiple
+from engine.layers.norm import RMSNorm
 from engine.parallel import TensorParallel
 
 CPU = torch.device("cpu")
+UNIT_NORM = RMSNorm(torch.ones(6), 0.0)
+"""Leaves alone what it has normalised before."""
 
 
 def make_spec(inputs: int, *, bias: bool = False) -> LinearSpec:
@@ -23,13 +28,22 @@ def make_spec(inputs: int, *, bias: bool = False) -> LinearSpec:
 def test_every_form_of_a_weight_multiplies_alike(kind: type[Matrix], biased: bool, num_rows: int) -> None:
     weight, x, other = torch.randn(96, 70), torch.randn(num_rows, 70), torch.randn(num_rows, 96)
     bias = torch.randn(96) if biased else None
+    norm = RMSNorm(torch.rand(70), 1e-5)
     with torch.inference_mode():
         matrix = kind(weight, bias)  # type: ignore[call-arg]
-        before = other.clone()
+        before = x.clone()
         expected = functional.linear(x, weight, bias)
-        torch.testing.assert_close(matrix.multiply(x), expected, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(matrix.multiply_add(x, other), expected + other, rtol=1e-4, atol=1e-4)
-    assert torch.equal(other, before)
+        normed = functional.linear(norm(x), weight, bias)
+        gated = functional.silu(normed[:, :48]) * normed[:, 48:]
+        close(matrix.multiply(x), expected)
+        close(matrix.multiply_add(x, other.clone()), expected + other)
+        close(matrix.multiply_normed(x, norm), normed)
+        close(matrix.multiply_gated(x, norm), gated)
+    assert torch.equal(x, before)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_only_float32_on_a_cpu_is_packed() -> None:
@@ -58,7 +72,7 @@ def test_projections_of_one_input_lie_one_after_the_other() -> None:
     for name in ("k", "q"):
         layer.load(name, "bias", biases[name])
         layer.load(name, "weight", weights[name])
-    x = torch.randn(4, 6)
+    x = UNIT_NORM(torch.randn(4, 6))
     expected = torch.cat(
         [
             functional.linear(x, weights["q"], biases["q"])[:, 2:6],
@@ -66,7 +80,15 @@ def test_projections_of_one_input_lie_one_after_the_other() -> None:
         ],
         dim=1,
     )
-    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer(x * 3, UNIT_NORM), expected)
+
+
+def test_the_first_of_two_projections_is_the_gate_of_the_second() -> None:
+    weights, layer = torch.randn(2, 5, 6), ColumnParallelLinear(make_spec(6), {"gate": range(5), "up": range(5)})
+    layer.load("up", "weight", weights[1])
+    layer.load("gate", "weight", weights[0])
+    x = UNIT_NORM(torch.randn(4, 6))
+    close(layer.gated(x, UNIT_NORM), functional.silu(x @ weights[0].T) * (x @ weights[1].T))
 
 
 def test_a_row_parallel_layer_adds_what_came_in() -> None:
@@ -74,7 +96,7 @@ def test_a_row_parallel_layer_adds_what_came_in() -> None:
     weight, bias, x, residual = torch.randn(5, 6), torch.randn(5), torch.randn(4, 6), torch.randn(4, 5)
     layer.load("o", "weight", weight)
     layer.load("o", "bias", bias)
-    torch.testing.assert_close(layer(x, residual), functional.linear(x, weight, bias) + residual)
+    torch.testing.assert_close(layer(x, residual.clone()), functional.linear(x, weight, bias) + residual)
 
 
 def test_a_weight_that_is_not_awaited_is_a_defect() -> None:
@@ -88,8 +110,24 @@ def test_a_weight_that_is_not_awaited_is_a_defect() -> None:
 
 
 def test_the_ends_of_a_model_look_up_and_project() -> None:
-    weight, ids = torch.randn(11, 6), torch.tensor([0, 10, 3, 3])
+    weight = torch.randn(11, 6)
     embedding = VocabParallelEmbedding(weight, TensorParallel())
-    assert torch.equal(embedding(ids), weight[ids])
-    x = torch.randn(4, 6)
-    torch.testing.assert_close(ParallelHead(weight, TensorParallel())(x), x @ weight.T)
+    vectors, token_ids = embedding(make_batch([0, 10, 3, 3], [-1, -1, -1, -1]))
+    assert token_ids.tolist() == [0, 10, 3, 3]
+    assert torch.equal(vectors, weight[token_ids])
+    x = UNIT_NORM(torch.randn(4, 6))
+    torch.testing.assert_close(ParallelHead(weight, TensorParallel())(x, UNIT_NORM), x @ weight.T)
+
+
+def test_a_token_that_only_the_device_knows_is_looked_up_there() -> None:
+    weight = torch.randn(11, 6)
+    vectors, token_ids = VocabParallelEmbedding(weight, TensorParallel())(make_batch([4, 0, 5, 0], [-1, 1, -1, 0]))
+    assert token_ids.tolist() == [4, 9, 5, 8]
+    assert torch.equal(vectors, weight[token_ids])
+
+
+def make_batch(token_ids: list[int], sources: list[int]) -> Batch:
+    """A step after one that chose 8 and 9."""
+    unused, shape = torch.zeros(4, dtype=torch.int64), StepShape(*[np.zeros(1, np.int64)] * 4)
+    previous = torch.tensor([[8, 1], [9, 1]])
+    return Batch(torch.tensor(token_ids), torch.tensor(sources), previous, unused, unused, unused, shape)

@@ -11,10 +11,13 @@ import torch
 from torch.distributed import HashStore, ProcessGroupGloo
 
 from engine.errors import UnsupportedModelError
+from engine.layers.embedding import ParallelHead, VocabParallelEmbedding
+from engine.layers.norm import RMSNorm
 from engine.parallel import TensorParallel
 from engine.sequence import Sequence
 from tests.engine.checkpoints import VOCAB_SIZE, CheckpointFamily, make_checkpoint
 from tests.engine.driver import Driver, largest_difference, make_runner, random_prompt
+from tests.engine.test_linear import make_batch
 
 T = TypeVar("T")
 TIMEOUT_S = 60.0
@@ -66,6 +69,19 @@ def test_a_rank_that_cannot_be_is_refused() -> None:
         TensorParallel(2, 2)
     with pytest.raises(ValueError, match="2 ranks need a process group"):
         TensorParallel(0, 2)
+
+
+def test_a_vocabulary_that_does_not_divide_is_looked_up_and_projected_alike() -> None:
+    weight, x, norm = torch.randn(11, 6), torch.randn(4, 6), RMSNorm(torch.rand(6), 1e-5)
+
+    def work(parallel: TensorParallel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        batch = make_batch([4, 0, 10, 0], [-1, 1, -1, 0])
+        return *VocabParallelEmbedding(weight, parallel)(batch), ParallelHead(weight, parallel)(x, norm)
+
+    for vectors, token_ids, logits in on_all_ranks(3, work):
+        assert token_ids.tolist() == [4, 9, 10, 8]
+        assert torch.equal(vectors, weight[token_ids])
+        torch.testing.assert_close(logits, norm(x) @ weight.T)
 
 
 @pytest.mark.parametrize(

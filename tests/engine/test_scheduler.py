@@ -263,3 +263,14 @@ def test_fail_all_ends_everything_once():
     assert [output.finish_reason for _, output in failed] == [FinishReason.FAILED] * 2
     assert all(sequence.status is SequenceStatus.FINISHED for sequence, _ in failed)
     assert scheduler.pool.num_free == 16
+
+
+def test_content_of_before_a_failure_is_not_given_out_again():
+    scheduler, runner = make_scheduler(32), ToyRunner(32, 4)
+    prompt = list(range(10))
+    add(scheduler, "a", prompt, max_tokens=3)
+    run_to_end(scheduler, runner)
+    scheduler.fail_all("out of luck")
+    again = add(scheduler, "b", prompt, max_tokens=3)
+    assert tokens_of(run_to_end(scheduler, runner)["b"]) == expected_answer(prompt, 3)
+    assert again.num_cached_tokens == 0

@@ -28,7 +28,7 @@ class ToyRunner:
     def run(self, plan: StepPlan, on_layer: OnLayer | None = None) -> StepResult:
         return self.launch(plan, on_layer).result()
 
-    def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> "Done":
+    def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> Done:
         if self.fail_next:
             self.fail_next = False
             raise RuntimeError("toy failure")
