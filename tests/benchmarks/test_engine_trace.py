@@ -22,7 +22,7 @@ from benchmarks.engine_trace import (
         ("void pytorch_flash::flash_fwd_splitkv_kernel<Flash_fwd_kernel_traits<128>>", "attention"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128", "attention"),
         ("skinny_linear_kernel", "products"),
-        ("gate_up_kernel", "products"),
+        ("row_linear_kernel", "products"),
         ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNT", "products"),
         ("void cublasLt::splitKreduce_kernel<32, 16, int, __nv_bfloat16>", "products"),
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize64x64x64", "products"),
