@@ -1,6 +1,6 @@
 """One engine against transformers on the same CPU, in the same run: decode steps and prefill, float32, one thread.
 
-    python benchmarks/cpu_engine.py [demo | model.gguf] [--json result.json]
+    python -m benchmarks.cpu_engine [demo | model.gguf] [--json result.json]
 
 Both sides' `generate` runs turn by turn, `--repeats` times over, because other work on the machine slows both, and
 each token's moment is noted. Prefill is the time from the call to the first token; a decode step is the time between

@@ -5,8 +5,8 @@ disturbed), sends it the same prompts through `cluster.load`, and prints a Markd
 share of the KV transfer's time that prefill covered. A colocated cluster of one worker has half the
 processes of 1 prefill + 1 decode; the one of two workers has the same number.
 
-    python benchmarks/split_vs_colocated.py
-    python benchmarks/split_vs_colocated.py --rate 1 --requests 60 --input-len 512,128 --json
+    python -m benchmarks.split_vs_colocated
+    python -m benchmarks.split_vs_colocated --rate 1 --requests 60 --input-len 512,128 --json
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def main(config: Path, slo_ttft_ms: float, slo_itl_ms: float, as_json: bool, **o
         figures = {name: report.as_json() for name, report in reports.items()}
         click.echo(json.dumps({"date": date, "machine": machine(), "profile": asdict(profile), "reports": figures}))
         return
-    arguments = " ".join(["benchmarks/split_vs_colocated.py", *sys.argv[1:]])
+    arguments = " ".join(["-m benchmarks.split_vs_colocated", *sys.argv[1:]])
     click.echo(f"`python {arguments}`, {date}, {machine()}\n\n{markdown_table(reports)}")
 
 

@@ -1,19 +1,23 @@
 """One engine on one GPU against what the GPU can do: decode steps and prefill beside their floors, and where time goes.
 
-    python -m benchmarks.engine_gpu [--json result.json]
-    python -m benchmarks.engine_gpu --cases decode-1,decode-64,prefill-2048 --quick --verbose
-    python -m benchmarks.engine_gpu --block-sizes 16,32,64,128
-    python -m benchmarks.engine_gpu --peer
+    python -m benchmarks.engine [--json result.json]
+    python -m benchmarks.engine --cases decode-1,decode-64,prefill-2048 --quick --verbose
+    python -m benchmarks.engine --block-sizes 16,32,64,128
+    python -m benchmarks.engine --peer
 
 The model has the shapes of Llama-3.1-8B and random weights. Ceilings (copy, read, bf16 product) are measured at the
 beginning and at the end of the run, and the better ones make the floors. Every case is measured twice: a decode
 step is the mean over consecutive steps in which all sequences decode, gaps between steps included; prefill is the
-median time from posting fresh random prompts to the first token of the last one. Prefix caching is off. Then some
+median time from posting fresh random prompts, to a GPU that has rested half a second (--no-rest: that has not), to the
+first token of the last one. Prefix caching is off. Then some
 steps of each case run under torch.profiler, which tells attention, matrix products, other kernels and gaps apart.
 Without a GPU it runs on the CPU, which is good for trying it out with a tiny --model.
 """
 
 from __future__ import annotations
+
+if __name__ == "engine":  # a script of this folder was run by its path, and found this file in the package's stead
+    raise ImportError("run the benchmarks from the repository's root as modules: python -m benchmarks.NAME")
 
 import argparse
 import contextlib
