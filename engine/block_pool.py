@@ -6,7 +6,7 @@ A block is in one of three states:
     FINDABLE  reference count 0, content known by hash; reused last, least recently used first
     FREE      reference count 0, content meaningless; reused first
 
-allocate: FREE/FINDABLE -> HELD.   forget_findable: FINDABLE -> FREE.   acquire: FINDABLE/HELD -> HELD (shared).
+allocate: FREE/FINDABLE -> HELD.   forget_all: FINDABLE -> FREE.   acquire: FINDABLE/HELD -> HELD (shared).
 release:  HELD -> FINDABLE if published, else FREE.   publish: makes a HELD block findable later.
 
 One thread (the engine loop) calls everything here.
@@ -81,11 +81,11 @@ class BlockPool:
         self._hash_of[block] = content
         self._block_of[content] = block
 
-    def forget_findable(self) -> None:
-        """Give out no content any more that nobody holds: it may be as wrong as what was just found to be."""
-        for block in self._findable:
-            self._forget(block)
-            self._free[block] = None
+    def forget_all(self) -> None:
+        """Give out no content of before any more: it may be as wrong as what was just found to be."""
+        self._block_of.clear()
+        self._hash_of = [None] * self.num_blocks
+        self._free.update(self._findable)
         self._findable.clear()
 
     def release(self, blocks: Sequence[int]) -> None:

@@ -44,7 +44,8 @@ class CacheOptions:
     """Memory for KV, in MiB, when num_blocks is not given; default: 512 on a CPU, on a GPU what gpu_memory_share leaves
     after weights and the measured peak of a step."""
     gpu_memory_share: float = 0.9
-    """Most of a GPU's memory that one worker uses for weights, work space and KV together, from 0 to 1."""
+    """Most of a GPU's memory that one worker uses for weights, work space and KV together, from 0 to 1, and less where
+    others leave less. Workers that share a GPU (num_gpus below 1) need shares that add up to less than 1."""
     prefix_caching: bool = True
     """Keep finished blocks findable by content, so that equal prefixes are computed once."""
 

@@ -111,6 +111,11 @@ class Engine:
                     f"token id {token} at index {index} is outside the vocabulary of {vocab_size}",
                     field=f"prompt_token_ids[{index}]",
                 )
+        for token in request.resume_from:
+            if not 0 <= token < vocab_size:
+                raise InvalidRequestError(
+                    f"token id {token} is outside the vocabulary of {vocab_size}", field="resume_from"
+                )
 
     def generate(self, requests: Iterable[GenerateRequest], timeout_s: float = 600.0) -> list[list[TokenOutput]]:
         """Answer requests together; returns each one's outputs, in the order given.

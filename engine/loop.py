@@ -13,6 +13,7 @@ the present one is computed, and takes in each step's tokens one step later, so 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -128,6 +129,9 @@ class EngineLoop:
             idle = not self.step()
             if idle and self.on_idle is not None:
                 self.on_idle()
+        for _, step in self._under_way:  # nobody reads them any more, but their memory is in use until then
+            with contextlib.suppress(Exception):
+                step.result()
 
     def _take_in(self, *, wait: bool) -> bool:
         """Call everything in the inbox (waiting for the first if there is nothing else to do); False to end."""

@@ -34,13 +34,13 @@ class GpuUse:
     @property
     def left_for_kv(self) -> int:
         """What may be spent on KV; below 0 if it is too much already."""
-        return int(self.total * self.share) - self.others - self.weights - 2 * self.work
+        return min(int(self.total * self.share), self.total - self.others) - self.weights - 2 * self.work
 
     def __str__(self) -> str:
         return (
             f"of {self.total / _GIB:.1f} GiB this worker may use {self.total * self.share / _GIB:.1f} "
             f"(gpu_memory_share {self.share:g}); weights take {self.weights / _GIB:.1f}, work space "
-            f"{2 * self.work / _GIB:.1f}, other processes and CUDA {self.others / _GIB:.1f}, "
+            f"{2 * self.work / _GIB:.1f}; other processes and CUDA take {self.others / _GIB:.1f}, "
             f"which leaves {self.left_for_kv / _GIB:.1f} for KV"
         )
 

@@ -150,7 +150,9 @@ class ModelRunner:
 
     def _run_typical(self, longest: int) -> None:
         """The longest chunk, and as many rows as may run, in each way of sampling."""
-        self.run(StepPlan((self._share(longest),)))
+        self.run(
+            StepPlan((self._share(longest),) * max(1, min(self.max_step_tokens // longest, self._options.max_running)))
+        )
         if self.device.type == "cpu":
             for num_seqs in range(1, self._options.max_running + 1, self._row_multiple):
                 self.run(StepPlan((self._share(1),) * num_seqs))

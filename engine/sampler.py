@@ -104,9 +104,10 @@ class Sampler:
             scores = logits.index_select(0, places).float()
             for row, index in zip(scores, some, strict=True):
                 self._penalise(row, shares[index], token_ids[rows[index] : rows[index] + 1])
+            scores.clamp_(max=torch.finfo(scores.dtype).max)  # a penalty may take a large one beyond all numbers
             chosen = _choose([shares[index] for index in some], scores)
-            choices.index_copy_(0, places, chosen)
-            logprobs += _take_logprobs(scores, chosen[:, 0], some, shares)
+            choices[:, 0].index_copy_(0, places, chosen)
+            logprobs += _take_logprobs(scores, chosen, some, shares)
         return Sampled(choices, shares, logprobs)
 
     def _is_special(self, share: ScheduledSequence) -> bool:
@@ -149,8 +150,8 @@ def _seen(token_ids: list[int], last: torch.Tensor) -> torch.Tensor:
 
 
 def _choose(shares: Seq[ScheduledSequence], scores: torch.Tensor) -> torch.Tensor:
-    """The choices [num_shares, 2] for penalised scores [num_shares, vocab_size]."""
-    best, chosen = scores.max(dim=-1)
+    """The tokens [num_shares] for penalised scores [num_shares, vocab_size]."""
+    chosen = scores.argmax(dim=-1)
     drawn = [row for row, share in enumerate(shares) if share.sequence.request.params.temperature > 0]
     if drawn:
         rows = upload(drawn, torch.int64, scores.device)
@@ -162,7 +163,7 @@ def _choose(shares: Seq[ScheduledSequence], scores: torch.Tensor) -> torch.Tenso
         index = torch.searchsorted(cumulative, points, right=True)
         last = torch.searchsorted(cumulative, total)  # rounding may put a point at the very end
         chosen.index_copy_(0, rows, torch.minimum(index, last).clamp_(max=scores.shape[1] - 1).squeeze(1))
-    return torch.stack((chosen, torch.isfinite(best).long()), dim=1)
+    return chosen
 
 
 def candidates(scores: torch.Tensor, params: Seq[SamplingParams]) -> torch.Tensor:
@@ -176,7 +177,8 @@ def candidates(scores: torch.Tensor, params: Seq[SamplingParams]) -> torch.Tenso
     def column(name: str) -> torch.Tensor:
         return upload([getattr(each, name) for each in params], torch.float64, device)[:, None]
 
-    scores = scores.double() / column("temperature")
+    scores = scores.double()
+    scores = (scores - scores.amax(-1, keepdim=True)) / column("temperature")  # at most 0, however small the divisor
     top_k = [each.top_k if 0 < each.top_k < vocab_size else vocab_size for each in params]
     cut = [row for row, count in enumerate(top_k) if count < vocab_size]
     if cut:

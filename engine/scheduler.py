@@ -112,27 +112,12 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """What to compute next; None if nothing can be computed now."""
-        shares: dict[Sequence, ScheduledSequence] = {}
-        budget = self._max_step_tokens
-        for sequence in sorted(self._running, key=lambda item: (item.num_missing_tokens > 1, *_order(item))):
-            if budget == 0:
-                break
-            if sequence.status is not SequenceStatus.RUNNING or self._awaits_its_last(sequence):
-                continue  # preempted a moment ago, or nothing is left but to read a token
-            count = min(sequence.num_missing_tokens, budget)
-            if self._ensure_blocks(sequence, count, shares):
-                shares[sequence] = ScheduledSequence.next_of(sequence, count)
-                budget = self._max_step_tokens - sum(share.num_tokens for share in shares.values())
-        while budget > 0 and self._waiting and len(self._running) < self._max_running:
-            sequence = self._waiting[0]
-            if self._awaits_its_last(sequence) or not self._admit(sequence):
-                break
-            count = min(sequence.num_missing_tokens, budget)
-            shares[sequence] = ScheduledSequence.next_of(sequence, count)
-            budget -= count
-        for share in shares.values():
+        shares = self._share_out()
+        while not shares and self._make_way():
+            shares = self._share_out()
+        for share in shares:
             _count_as_done(share)
-        return StepPlan(tuple(shares.values())) if shares else None
+        return StepPlan(tuple(shares)) if shares else None
 
     def update(self, plan: StepPlan, result: StepResult) -> list[Emitted]:
         """Take in the outcome of the oldest step under way; sequences that ended meanwhile are passed over."""
@@ -159,7 +144,7 @@ class Scheduler:
             self._leave(sequence)
             self._finish(sequence, FinishReason.FAILED)
             emitted.append((sequence, _end_output(sequence, reason)))
-        self.pool.forget_findable()
+        self.pool.forget_all()
         return emitted
 
     def stats(self) -> EngineStats:
@@ -178,6 +163,41 @@ class Scheduler:
         return [*self._running, *self._waiting]
 
     # ---- inside ----
+
+    def _share_out(self) -> list[ScheduledSequence]:
+        """Who computes how much of the next step, within its budget."""
+        shares: dict[Sequence, ScheduledSequence] = {}
+        budget = self._max_step_tokens
+        for sequence in sorted(self._running, key=lambda item: (item.num_missing_tokens > 1, *_order(item))):
+            if budget == 0:
+                break
+            if sequence.status is not SequenceStatus.RUNNING or self._awaits_its_last(sequence):
+                continue  # preempted a moment ago, or nothing is left but to read a token
+            count = min(sequence.num_missing_tokens, budget)
+            if self._ensure_blocks(sequence, count, shares):
+                shares[sequence] = ScheduledSequence.next_of(sequence, count)
+                budget = self._max_step_tokens - sum(share.num_tokens for share in shares.values())
+        while budget > 0 and self._waiting and len(self._running) < self._max_running:
+            sequence = self._waiting[0]
+            if self._awaits_its_last(sequence) or not self._admit(sequence):
+                break
+            count = min(sequence.num_missing_tokens, budget)
+            shares[sequence] = ScheduledSequence.next_of(sequence, count)
+            budget -= count
+        return list(shares.values())
+
+    def _make_way(self) -> bool:
+        """Preempt the last that holds blocks where those that run wait for each other's; False if that is not so.
+
+        It happens when KV that was received waits, older than what runs, behind one that finds no blocks at all.
+        """
+        if not self._running or any(sequence.num_pending for sequence in self.sequences()):
+            return False
+        victim = self._victim(min(self.sequences(), key=_order))
+        if victim is None:
+            return False
+        self._preempt(victim)
+        return True
 
     def _admit(self, sequence: Sequence) -> bool:
         """Move the first waiting sequence to running if all its known tokens can have blocks."""

@@ -106,14 +106,14 @@ class TorchPrompts:
 
     def plan(self, shape: StepShape, first: int) -> list[Span]:
         """See PromptAttention."""
-        return self._reference.spans(shape, first)
+        return self._reference.spans(shape, first, masks=self._exact)
 
     def forward(self, q: torch.Tensor, layer: int, plan: list[Span]) -> torch.Tensor:
         """See PromptAttention."""
         before = plan[0].start
         outputs: list[torch.Tensor] = []
         for span in plan:
-            if self._exact or span.mask is None:
+            if self._exact or span.stop - span.start == 1:
                 outputs += self._reference.attend(q, layer, span.moved(-before))
             else:
                 outputs.append(self._flash(q[span.start - before : span.stop - before], layer, span))

@@ -37,7 +37,7 @@ class Span:
     block_ids: torch.Tensor | None
     """Its blocks, if they are scattered."""
     mask: torch.Tensor | None
-    """[n, context], added to the scores, if n > 1."""
+    """[n, context], added to the scores, if n > 1 and it is asked for."""
 
     def moved(self, rows: int) -> Span:
         """The same sequence, its rows so many further on."""
@@ -56,11 +56,11 @@ class SdpaAttention:
         """See AttentionBackend."""
         batch.scratch = self.spans(batch.shape)
 
-    def spans(self, shape: StepShape, first: int = 0) -> list[Span]:
-        """The sequences of a step from the first-th on."""
+    def spans(self, shape: StepShape, first: int = 0, *, masks: bool = True) -> list[Span]:
+        """The sequences of a step from the first-th on, with masks or without."""
         starts, contexts = shape.query_starts.tolist(), shape.context_lens.tolist()
         return [
-            self._span(starts[i], starts[i + 1], contexts[i], shape.blocks_of(i).tolist())
+            self._span(starts[i], starts[i + 1], contexts[i], shape.blocks_of(i).tolist(), masks)
             for i in range(first, shape.num_seqs)
         ]
 
@@ -88,12 +88,12 @@ class SdpaAttention:
             return self._cache.read(layer, span.first_slot, span.context)
         return self._cache.read_blocks(layer, span.block_ids, span.context)
 
-    def _span(self, start: int, stop: int, context: int, block_ids: list[int]) -> Span:
+    def _span(self, start: int, stop: int, context: int, block_ids: list[int], masks: bool) -> Span:
         n, device = stop - start, self._cache.data.device
         consecutive = block_ids == list(range(block_ids[0], block_ids[0] + len(block_ids)))
         blocks = None if consecutive else upload(block_ids, torch.int64, device)
         mask = None
-        if n > 1:
+        if n > 1 and masks:
             mask = torch.full((n, context), -torch.inf, dtype=self._cache.data.dtype, device=device)
             mask.triu_(context - n + 1)
         return Span(start, stop, context, block_ids[0] * self._cache.block_size, blocks, mask)

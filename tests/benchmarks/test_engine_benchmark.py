@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from benchmarks.engine import main
 from benchmarks.engine_cases import CASES, TARGETS, Case, decode_figure, demand, prefill_figure, random_prompts
 from benchmarks.engine_driver import Run, Step
-from benchmarks.engine import main
 from benchmarks.engine_peer import measure_peer
 from engine.api import GenerateRequest, SamplingParams, TokenOutput
 from engine.sequence import Sequence

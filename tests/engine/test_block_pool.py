@@ -27,16 +27,18 @@ def test_released_content_is_found_until_it_is_reused():
     assert pool.find([b"a", b"b"]) == first[:1]
 
 
-def test_forgotten_content_is_free_and_held_content_stays():
+def test_forgotten_content_is_not_given_out_again_whoever_holds_it():
     pool = BlockPool(4)
     blocks = pool.allocate(3)
     for block, content in zip(blocks, (b"a", b"b", b"c"), strict=True):
         pool.publish(block, content)
     pool.release(blocks[1:])
-    pool.forget_findable()
-    assert pool.find([b"a", b"b"]) == blocks[:1]
+    pool.forget_all()
+    assert pool.find([b"a", b"b"]) == []
     assert (pool.num_findable, pool.num_free) == (0, 3)
     pool.check_integrity([blocks[:1]])
+    pool.release(blocks[:1])
+    assert (pool.num_findable, pool.num_free) == (0, 4)
 
 
 def test_a_chain_is_found_only_from_its_start():

@@ -64,6 +64,24 @@ def test_logits_that_are_not_finite_are_never_sampled(bad: float, temperature: f
         sample(logits, make_sequence(), make_sequence(temperature=temperature))
 
 
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"repetition_penalty": 1e-38},
+        {"repetition_penalty": 1e-38, "temperature": 1.0},
+        {"temperature": 1e-308},
+        {"min_tokens": 5, "stop_token_ids": tuple(range(VOCAB))},
+    ],
+)
+def test_no_setting_of_one_request_makes_its_logits_unusable(params: dict[str, Any]) -> None:
+    """They would end the step, and with it everybody's requests."""
+    logits = random_logits() + 5.0
+    (token,) = sample(logits, make_sequence([3, 4], [5, 11], logprobs=2, **params))
+    assert 0 <= token.token_id < VOCAB
+    if params == {"temperature": 1e-308}:
+        assert token.token_id == int(logits[0].argmax())
+
+
 def test_a_row_without_any_possible_token_is_an_error() -> None:
     with pytest.raises(EngineError, match="not finite"):
         sample(torch.full((1, VOCAB), -math.inf), make_sequence(temperature=1.0))

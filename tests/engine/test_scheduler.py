@@ -132,6 +132,37 @@ def test_received_kv_that_waits_gives_way_to_an_older_sequence(ahead):
     assert tokens_of(outputs["received"]) == expected_answer([7] * 10, 3)
 
 
+def test_those_that_wait_for_each_others_blocks_give_way(ahead):
+    """An urgent one finds no blocks, received KV waits behind it, and what runs needs the blocks of that."""
+    scheduler, runner = make_scheduler(10, 2, max_model_len=16), ToyRunner(10, 2, ahead)
+    received = Sequence.from_request(make_request("received", [3] * 4, max_tokens=6, priority=1), 1.0)
+    received.block_ids = scheduler.pool.allocate(3)
+    scheduler.add(Sequence.from_request(make_request("young", [5] * 12, max_tokens=4, priority=1), 2.0))
+    steps = Steps(scheduler, runner)
+    outputs: dict[str, list] = {}
+
+    def take(emitted: list | None) -> None:
+        for sequence, output in emitted or []:
+            outputs.setdefault(sequence.request.request_id, []).append(output)
+
+    take(steps.one())
+    scheduler.add(Sequence.from_request(make_request("urgent", [7] * 3, max_tokens=6), 3.0))
+    for position in range(4):
+        slot = received.block_ids[position // 2] * 2 + position % 2
+        runner.memory[slot] = (position, received.token_ids[position])
+    received.num_computed_tokens = 4
+    received.token_ids.append(expected_answer([3] * 4, 1)[0])
+    scheduler.add(received)
+    for _ in range(100):
+        if (emitted := steps.one()) is None:
+            break
+        take(emitted)
+    assert not scheduler.sequences()
+    for name, prompt, count in (("urgent", [7] * 3, 6), ("young", [5] * 12, 4)):
+        assert tokens_of(outputs[name]) == expected_answer(prompt, count)
+    assert tokens_of(outputs["received"]) == expected_answer([3] * 4, 6)[1:]
+
+
 def test_endings(ahead):
     scheduler, runner = make_scheduler(64), ToyRunner(64, 4, ahead)
     stop = expected_answer([1, 2, 3], 4)[3]

@@ -91,10 +91,11 @@ def make_scheduler(num_blocks: int, block_size: int = 4, **options: int) -> Sche
     return Scheduler(pool, block_size=block_size, root_hash=b"toy", eos_token_ids=[EOS], **settings)
 
 
-def make_request(name: str, prompt: Seq[int], **params: object) -> GenerateRequest:
+def make_request(name: str, prompt: Seq[int], *, priority: int = 0, **params: object) -> GenerateRequest:
     settings: dict[str, object] = {"max_tokens": 8} | params
     return GenerateRequest(
         request_id=name,
         prompt_token_ids=tuple(prompt),
+        priority=priority,
         params=SamplingParams(**settings),  # type: ignore[arg-type]
     )
