@@ -26,7 +26,7 @@ from engine.kernels.attention import SPLIT_FIELDS, Splits
 from engine.kv_cache import KVCache
 from engine.models.decoder import Decoder, Forward
 from engine.sampler import choose_greedy
-from engine.upload import offsets_of
+from engine.upload import mark, offsets_of
 
 DECODE_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 PROMPT_ROWS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
@@ -44,6 +44,7 @@ class StaticInputs:
     """Fixed memory that recorded steps read: arrays of int32, one after the other, filled by one copy."""
 
     def __init__(self, size: int, device: torch.device) -> None:
+        self.device = device
         self._memory = torch.zeros(size, dtype=torch.int32, device=device)
 
     def views(self, sizes: list[int]) -> list[torch.Tensor]:
@@ -84,9 +85,9 @@ class RecordedStep:
         self._inputs.fill(segments)
         self._graph.replay()
         if on_layer is not None:
-            events = self._events or [_now()] * self._num_layers
-            for layer, event in enumerate(events):
-                on_layer(layer, event)
+            done = mark(self._inputs.device)
+            for layer in range(self._num_layers):
+                on_layer(layer, self._events[layer] if self._events else done)
         return self._forward
 
 
@@ -224,9 +225,3 @@ def _pad(values: list[np.ndarray], rooms: list[int], padding: int) -> Segments:
     nothing = np.zeros(0, np.int32)
     given = [*values, *[nothing] * (len(rooms) - len(values))]
     return [(each, room, padding) for each, room in zip(given, rooms, strict=True)]
-
-
-def _now() -> torch.cuda.Event:
-    event = torch.cuda.Event()
-    event.record()
-    return event

@@ -31,6 +31,7 @@ from engine.models.decoder import Decoder, Place
 from engine.parallel import TensorParallel
 from engine.sampler import Sampled, Sampler, choose_greedy
 from engine.sequence import Sequence
+from engine.upload import mark
 
 if TYPE_CHECKING:
     from engine.graphs import StepGraphs
@@ -134,7 +135,7 @@ class ModelRunner:
         if forward.logits is not None and sampling:
             logits, rows = forward.logits[: len(sampling)], arrays.sample_indices.tolist()
             sampled = self._sampler.sample(logits, sampling, forward.token_ids, rows, choices)
-        return LaunchedStep(plan, sampled, _event(self.device) if sampled is None else None, self.kv_cache)
+        return LaunchedStep(plan, sampled, mark(self.device) if sampled is None else None, self.kv_cache)
 
     def warm_up(self, on_progress: OnProgress | None = None) -> None:
         """Compute steps of typical shapes, so that no request pays for first-time work, and record the common ones.
@@ -223,14 +224,6 @@ class ModelRunner:
         num_blocks = blocks_left(use, block_bytes)
         log.info("room for KV: %s", use, extra={"num_blocks": num_blocks})
         return num_blocks
-
-
-def _event(device: torch.device) -> torch.cuda.Event | None:
-    if device.type == "cpu":
-        return None
-    event = torch.cuda.Event()
-    event.record()
-    return event
 
 
 @contextlib.contextmanager

@@ -41,18 +41,25 @@ def offsets_of(sizes: Sequence[int]) -> list[int]:
     return starts
 
 
+def mark(device: torch.device) -> torch.cuda.Event | None:
+    """An event behind all that is enqueued; None on a CPU, where it is done."""
+    if device.type == "cpu":
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event
+
+
 class Download:
     """What a tensor holds now, on its way to the CPU; the tensor may be overwritten meanwhile."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._arrived: torch.cuda.Event | None = None
         if tensor.is_cuda:
             self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._host.copy_(tensor, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
         else:
             self._host = tensor.clone()
+        self._arrived = mark(tensor.device)
 
     def wait(self) -> torch.Tensor:
         """The tensor, once everything enqueued before it and its copy are done."""

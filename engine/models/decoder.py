@@ -24,6 +24,7 @@ from engine.layers.norm import RMSNorm
 from engine.layers.rotary import Positions, RotaryEmbedding
 from engine.models.config import ModelConfig
 from engine.parallel import TensorParallel
+from engine.upload import mark
 
 _LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(?:.+\.)?(\w+)\.(weight|bias)")
 
@@ -103,17 +104,8 @@ class Layer:
         q_norm, k_norm = self._norms.get("q_norm"), self._norms.get("k_norm")
         q = step.positions.place(heads, step.kv_cache.layer(self._index), q_norm, k_norm)
         if batch.on_layer is not None:
-            batch.on_layer(self._index, _mark(x.device))
+            batch.on_layer(self._index, mark(x.device))
         return step.attention.forward(q, self._index, batch)
-
-
-def _mark(device: torch.device) -> torch.cuda.Event | None:
-    """An event behind all that is enqueued; None on a CPU, where it is done."""
-    if device.type == "cpu":
-        return None
-    event = torch.cuda.Event()
-    event.record()
-    return event
 
 
 @dataclass(frozen=True, slots=True)
