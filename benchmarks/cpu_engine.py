@@ -99,7 +99,7 @@ class Ours:
         return Answer(tokens, moments)
 
 
-class _Marks:
+class Marks:
     """A streamer for transformers that only notes when it is called."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -133,7 +133,7 @@ class Theirs:
 
     def generate(self, prompts: list[list[int]], num_new: int) -> Answer:
         """Greedy tokens of each prompt (all of one length)."""
-        ids, marks = torch.tensor(prompts), _Marks(self._clock)
+        ids, marks = torch.tensor(prompts), Marks(self._clock)
         out = self._model.generate(
             ids,
             attention_mask=torch.ones_like(ids),

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.cpu_engine import Marks
 from benchmarks.engine_cases import Case, Figure, demand, random_prompts
 
 REPEATS = 5
@@ -23,20 +24,6 @@ def measure_peer(directory: Path, device: str, dtype: str, *, cases: list[Case],
     log.set_verbosity_error()
     peer = Peer(directory, torch.device(device), getattr(torch, dtype))
     return [peer.measure(case, steps) for case in cases]
-
-
-class _Marks:
-    """A streamer that only notes when it is called: with the prompt, then with each step's tokens."""
-
-    def __init__(self) -> None:
-        self.moments: list[float] = []
-
-    def put(self, tokens: torch.Tensor) -> None:
-        """Called once the tokens are on the CPU."""
-        self.moments.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing is left to do."""
 
 
 class Peer:
@@ -72,7 +59,7 @@ class Peer:
     def _generate(self, prompt_lens: tuple[int, ...], num_new: int, seed: int) -> list[float]:
         """The moments of the call and of each step's tokens."""
         prompts = random_prompts(prompt_lens, self._vocab_size, seed)
-        ids, marks = torch.tensor(prompts, device=self._device), _Marks()
+        ids, marks = torch.tensor(prompts, device=self._device), Marks(time.perf_counter)
         start = time.perf_counter()
         self._model.generate(
             ids,

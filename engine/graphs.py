@@ -109,11 +109,6 @@ class StepGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._inputs: StaticInputs
 
-    @property
-    def num_recorded(self) -> int:
-        """Recordings there are."""
-        return len(self._decode) + len(self._prompts)
-
     @torch.inference_mode()
     def record(self, max_running: int, max_step_tokens: int, on_progress: Callable[[int, int], None]) -> None:
         """Record all sizes, the largest first, for they share work space; on_progress hears (done, in all)."""

@@ -57,11 +57,6 @@ class KVCache:
         """Tokens there is room for."""
         return self.num_blocks * self.block_size
 
-    @property
-    def bytes_per_block(self) -> int:
-        """Memory of one block over all layers."""
-        return int(self.data.nbytes) // self.num_blocks
-
     def layer(self, layer: int) -> torch.Tensor:
         """A layer's keys and values, in place: [2, num_kv_heads, num_slots, head_dim]."""
         return self._layers[layer]

@@ -10,7 +10,8 @@ than one chunk.
 
 Progress: a sequence is admitted only when all its known tokens have blocks, `max_model_len` fits
 the whole pool, and a sequence takes blocks only from those behind it in order (running, or waiting
-with KV that was received). So the first in order always runs to its end, and gives its blocks back.
+with KV that was received). Where those that run wait for each other's blocks, the last in order gives
+its own back. So the first in order always runs to its end.
 
 Running ahead: `schedule` may be called again before the step it gave out last is done. It counts that step as done,
 with a PENDING token where one is sampled; `update` puts the real token there, in order of the steps. A sequence whose

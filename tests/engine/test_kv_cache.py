@@ -118,7 +118,8 @@ def test_values_of_another_shape_or_type_are_refused() -> None:
 
 
 def test_a_blocks_memory_is_counted_over_all_layers_and_the_heads_of_one_rank() -> None:
-    block_bytes = make_cache().bytes_per_block
+    cache = make_cache()
+    block_bytes = int(cache.data.nbytes) // cache.num_blocks
     assert block_bytes == LAYERS * 2 * BLOCK_SIZE * HEADS * HEAD_DIM * 4
     assert bytes_per_block(CONFIG, HEADS, BLOCK_SIZE, torch.float32) == block_bytes
     assert bytes_per_block(CONFIG, HEADS, BLOCK_SIZE, torch.bfloat16) == block_bytes // 2
