@@ -52,9 +52,8 @@ def test_weights_work_space_and_kv_together_take_the_share(tiny_llama: Path) -> 
     sequences = [driver.add(random_prompt(n, VOCAB_SIZE), max_tokens=5) for n in (1, 300, 2000)]
     assert all(len(answer) == 5 for answer in driver.finish(sequences, chunk=2000))
     torch.cuda.synchronize()
-    free, _ = torch.cuda.mem_get_info()
-    assert total - free <= 0.5 * total + TOLERANCE
-    assert runner.kv_cache.data.nbytes >= 0.5 * total - (total - free - torch.cuda.memory_reserved()) - 4 * GIB
+    assert torch.cuda.memory_reserved() <= 0.5 * total, "other processes may hold more of the card"
+    assert runner.kv_cache.data.nbytes >= 0.5 * total - 4 * GIB
 
 
 def test_a_larger_share_is_all_for_kv(tiny_llama: Path) -> None:
