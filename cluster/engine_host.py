@@ -204,6 +204,8 @@ class HostSession:
         )
 
     def _take_loop(self) -> None:
+        assert self._prefill is not None
+        self._engine.scheduler.is_held = self._prefill.must_pause
         self._engine.loop.step_hook = self._before_step
         self._engine.loop.on_step = self._after_step
 

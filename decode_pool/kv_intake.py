@@ -71,6 +71,7 @@ class KVIntake:
                 block_ids=tuple(sequence.block_ids[first_block:num_blocks]),
                 first_token=sequence.num_computed_tokens,
                 num_tokens=sequence.num_tokens,
+                after=self._engine.runner.mark(),
                 on_ready=lambda received: post(lambda: self._ready(key, received)),
                 on_end=lambda state, reason: post(lambda: self._ended(key, state, reason)),
             )
@@ -101,6 +102,7 @@ class KVIntake:
         sequence = reservation.sequence
         sequence.num_computed_tokens = sequence.num_tokens
         self._engine.scheduler.publish(sequence)
+        assert received.first is not None, "rank 0 hears the first token"
         ended = received.first.finish != pb.ENGINE_FINISH_NONE
         if reservation.state is IntakeState.ENDING or ended:
             self._engine.scheduler.release(sequence)

@@ -36,8 +36,8 @@ class CacheOptions:
 
     block_size: int | None = None
     """Tokens a block: 8, 16, 32, 64 or 128; default: 16 on a CPU, 128 on a GPU, where a prompt of 8,192 tokens is
-    computed 1.4 % faster than with 16, and decode alike (benchmarks/RESULTS.md). Prefixes are shared by whole blocks; workers that exchange KV need the
-    same size."""
+    computed 1.4 % faster than with 16, and decode alike (benchmarks/RESULTS.md). Prefixes are shared by whole
+    blocks; workers that exchange KV need the same size."""
     num_blocks: int | None = None
     """Blocks of a worker; default: as many as fit into memory_mib."""
     memory_mib: int | None = None

@@ -45,6 +45,8 @@ class StaticInputs:
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.device = device
+        self.relay = torch.cuda.Stream(device)
+        """Where the events of a replay's layers are copied before the next replay moves them."""
         self._memory = torch.zeros(size, dtype=torch.int32, device=device)
 
     def views(self, sizes: list[int]) -> list[torch.Tensor]:
@@ -85,10 +87,20 @@ class RecordedStep:
         self._inputs.fill(segments)
         self._graph.replay()
         if on_layer is not None:
-            done = mark(self._inputs.device)
-            for layer in range(self._num_layers):
-                on_layer(layer, self._events[layer] if self._events else done)
+            self._tell(on_layer)
         return self._forward
+
+    def _tell(self, on_layer: OnLayer) -> None:
+        """Hand out an event a layer that stays what it is: the recorded ones mean the latest replay."""
+        done = None if self._events else mark(self._inputs.device)
+        relay = self._inputs.relay
+        for layer in range(self._num_layers):
+            event = done
+            if self._events:
+                relay.wait_event(self._events[layer])
+                event = torch.cuda.Event()
+                event.record(relay)
+            on_layer(layer, event)
 
 
 class StepGraphs:

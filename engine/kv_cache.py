@@ -7,17 +7,17 @@ its pages, so there `data` is a view with strides.
 
 Which block belongs to whom is the block pool's affair; here slots are only checked to exist. The engine's
 thread reads and writes; transfer threads call `gather` and `scatter` on slots that nobody
-else touches meanwhile.
+else touches meanwhile, on a GPU each on a stream of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import numpy as np
 import torch
 
 from engine.errors import IntegrityError
 from engine.models.config import ModelConfig
+from engine.upload import upload
 
 
 class KVCache:
@@ -84,39 +84,64 @@ class KVCache:
             for layer in self._layers:
                 layer.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
-    @torch.inference_mode()
-    def gather(self, first_layer: int, num_layers: int, slot_ids: Sequence[int], out: torch.Tensor) -> None:
-        """Copy some layers' keys and values of some slots into out.
+    @property
+    def device(self) -> torch.device:
+        """Where the KV lies."""
+        return self.data.device
 
-        out is [num_layers, 2, num_slot_ids, num_kv_heads, head_dim], of the cache's type. Raises IntegrityError
-        for layers or slots that do not exist, or an `out` of another shape or type.
+    @torch.inference_mode()
+    def gather(self, first_layer: int, num_layers: int, slot_ids: np.ndarray, heads: range, out: torch.Tensor) -> None:
+        """Copy some layers' keys and values of some heads and slots into out.
+
+        out is [num_layers, 2, num_slot_ids, num_heads, head_dim], of the cache's type; on a GPU it may also lie in
+        page-locked memory, and the copy is only enqueued. Raises IntegrityError for layers, heads or slots that do
+        not exist, or an `out` of another shape or type.
         """
-        layers, index = self._check(first_layer, num_layers, slot_ids, out)
-        out.copy_(layers.index_select(3, index).transpose(2, 3))
+        layers, index = self._check(first_layer, num_layers, slot_ids, heads, out)
+        if not self.data.is_cuda:
+            out.copy_(layers.index_select(3, index).transpose(2, 3))
+            return
+        from engine.kernels.kv_pack import pack
+
+        packed = out if out.is_cuda else torch.empty(out.shape, dtype=out.dtype, device=self.device)
+        pack(layers, index, packed)
+        if packed is not out:
+            out.copy_(packed, non_blocking=True)
 
     @torch.inference_mode()
-    def scatter(self, first_layer: int, num_layers: int, slot_ids: Sequence[int], data: torch.Tensor) -> None:
+    def scatter(
+        self, first_layer: int, num_layers: int, slot_ids: np.ndarray, heads: range, data: torch.Tensor
+    ) -> None:
         """The reverse of gather: copy data into the slots, which must differ from each other."""
-        layers, index = self._check(first_layer, num_layers, slot_ids, data)
-        layers.index_copy_(3, index, data.to(self.data.device).transpose(2, 3))
+        layers, index = self._check(first_layer, num_layers, slot_ids, heads, data)
+        if not self.data.is_cuda:
+            layers.index_copy_(3, index, data.transpose(2, 3))
+            return
+        from engine.kernels.kv_pack import unpack
+
+        unpack(layers, index, data.to(self.device, non_blocking=True))
 
     def _check(
-        self, first_layer: int, num_layers: int, slot_ids: Sequence[int], data: torch.Tensor
+        self, first_layer: int, num_layers: int, slot_ids: np.ndarray, heads: range, data: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layers named (a view) and the slots as a tensor."""
+        """The layers and heads named (a view) and the slots as a tensor."""
         if num_layers < 1 or first_layer < 0 or first_layer + num_layers > self.num_layers:
             raise IntegrityError(
                 f"layers {first_layer} to {first_layer + num_layers} are not within the {self.num_layers} of this model"
             )
-        if slot_ids and not (min(slot_ids) >= 0 and max(slot_ids) < self.num_slots):
-            raise IntegrityError(f"slots must be from 0 to {self.num_slots - 1}, got {min(slot_ids)}..{max(slot_ids)}")
-        expected = (num_layers, 2, len(slot_ids), self.num_kv_heads, self.head_dim)
+        if not 0 <= heads.start < heads.stop <= self.num_kv_heads:
+            raise IntegrityError(f"heads {heads.start} to {heads.stop} are not within this rank's {self.num_kv_heads}")
+        if len(slot_ids) and not (slot_ids.min() >= 0 and slot_ids.max() < self.num_slots):
+            raise IntegrityError(
+                f"slots must be from 0 to {self.num_slots - 1}, got {slot_ids.min()}..{slot_ids.max()}"
+            )
+        expected = (num_layers, 2, len(slot_ids), len(heads), self.head_dim)
         if tuple(data.shape) != expected or data.dtype != self.data.dtype:
             raise IntegrityError(
                 f"expected {self.data.dtype} values of shape {expected}, got {data.dtype} of {tuple(data.shape)}"
             )
-        index = torch.tensor(slot_ids, dtype=torch.int64, device=self.data.device)
-        return self.data[first_layer : first_layer + num_layers], index
+        index = upload(slot_ids, torch.int64, self.device)
+        return self.data[first_layer : first_layer + num_layers, :, heads.start : heads.stop], index
 
 
 def bytes_per_block(config: ModelConfig, num_kv_heads: int, block_size: int, dtype: torch.dtype) -> int:

@@ -137,6 +137,10 @@ class ModelRunner:
             sampled = self._sampler.sample(logits, sampling, forward.token_ids, rows, choices)
         return LaunchedStep(plan, sampled, mark(self.device) if sampled is None else None, self.kv_cache)
 
+    def mark(self) -> torch.cuda.Event | None:
+        """On a GPU: an event behind everything launched so far; None on a CPU, where it is done."""
+        return mark(self.device)
+
     def warm_up(self, on_progress: OnProgress | None = None) -> None:
         """Compute steps of typical shapes, so that no request pays for first-time work, and record the common ones.
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import bisect
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from engine.api import EngineStats, FinishReason, TokenLogprobs, TokenOutput
 from engine.batch import ScheduledSequence, StepPlan, StepResult
@@ -59,6 +59,8 @@ class Scheduler:
         self._max_running = max_running
         self._max_model_len = max_model_len
         self._eos_token_ids = frozenset(eos_token_ids)
+        self.is_held: Callable[[Sequence], bool] = lambda sequence: False
+        """Whether a prefill-only sequence must not be computed further for now; whoever holds it wakes the loop."""
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._stats = EngineStats(num_blocks=pool.num_blocks)
@@ -174,6 +176,8 @@ class Scheduler:
                 break
             if sequence.status is not SequenceStatus.RUNNING or self._awaits_its_last(sequence):
                 continue  # preempted a moment ago, or nothing is left but to read a token
+            if sequence.prefill_only and self.is_held(sequence):
+                continue
             count = min(sequence.num_missing_tokens, budget)
             if self._ensure_blocks(sequence, count, shares):
                 shares[sequence] = ScheduledSequence.next_of(sequence, count)

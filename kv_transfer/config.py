@@ -6,8 +6,13 @@ import ipaddress
 from dataclasses import dataclass
 from typing import Literal
 
-TransportName = Literal["auto", "gloo", "loopback"]
-DigestPolicy = Literal["auto", "all", "none"]
+TransportName = Literal["auto", "nccl", "gloo", "loopback"]
+DigestPolicy = Literal["auto", "all", "sampled", "none"]
+SlowPairPolicy = Literal["warn", "refuse"]
+
+CPU_PIECE_MIB, GPU_PIECE_MIB = 4, 32
+PIECES_IN_STAGING = 4
+EXPECTED_GB_S = {"nccl": 10.0, "gloo": 0.05, "loopback": 0.05}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,11 +20,23 @@ class TransferConfig:
     """How one engine process sends and receives KV."""
 
     transport: TransportName = "auto"
-    """What carries the bytes: gloo (a two-rank process group), loopback (a plain socket, for tests); auto: gloo."""
+    """What carries the bytes: nccl or gloo (a two-rank process group), loopback (a plain socket, for tests); auto:
+    nccl between GPUs, gloo where KV lies in a CPU's memory or both workers share one GPU, where NCCL refuses."""
     host: str = "127.0.0.1"
     """Address of the interface that the control listener and the data channels bind to; peers dial it."""
     digest: DigestPolicy = "auto"
-    """Which pieces carry an xxh3-64 digest that the receiver checks; auto: all of them on a CPU."""
+    """Which pieces carry a digest that the receiver checks. all: no wrong KV is ever used; sampled: a bad link is
+    found, one wrong piece may not be; auto: all on a CPU, sampled on a GPU."""
+    digest_share: float = 1 / 16
+    """Share of the pieces that carry a digest when they are sampled."""
+    max_ctas: int = 4
+    """Blocks of threads that NCCL may use for one pair: more move faster and take more from what the GPU computes."""
+    max_pairs: int = 64
+    """Outgoing pairs that are kept; beyond it the one that idled longest is closed."""
+    expected_gb_s: float | None = None
+    """What a new pair's self-test must reach, in GB/s; default: 10 on nccl, 0.05 on gloo."""
+    slow_pair: SlowPairPolicy = "warn"
+    """What becomes of a pair whose self-test is slower: it is used with a warning, or refused."""
     ticket_lease_s: float = 30.0
     """A ticket that nobody renewed for this long expires."""
     heartbeat_s: float = 0.5
@@ -32,10 +49,12 @@ class TransferConfig:
     """Bound on each phase of making a pair: dialling with the handshake, and the data channel."""
     idle_pair_s: float = 300.0
     """A pair with nothing to send for this long is closed."""
-    staging_mib: int = 64
-    """Most staging memory of one end of a pair, in MiB."""
-    piece_mib: int = 4
-    """Most bytes sent at once, in MiB: larger writes are cut, smaller ones joined while the pair is busy."""
+    staging_mib: int | None = None
+    """Most staging memory of one end of a pair, in MiB; default: four pieces. A sender whose backlog is as large
+    is not given more to compute for that pair."""
+    piece_mib: int | None = None
+    """Most bytes sent at once, in MiB: larger writes are cut, smaller ones joined while they wait; default: 4, and
+    32 between GPUs (four layers of 2,048 tokens of an 8B model)."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -53,24 +72,20 @@ class TransferConfig:
                 f"heartbeat_s ({self.heartbeat_s}) must be at most half of peer_timeout_s ({self.peer_timeout_s}): "
                 "one late ping must not look like a lost peer"
             )
-        if self.piece_mib < 1:
-            raise ValueError(f"piece_mib must be at least 1, got {self.piece_mib}")
-        if self.staging_mib < 2 * self.piece_mib:
+        for name in ("piece_mib", "staging_mib", "max_ctas", "max_pairs"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        piece_mib = self.piece_mib or CPU_PIECE_MIB
+        if self.staging_mib is not None and self.staging_mib < 2 * piece_mib:
             raise ValueError(
-                f"staging_mib ({self.staging_mib}) must hold at least two pieces of piece_mib ({self.piece_mib})"
+                f"staging_mib ({self.staging_mib}) must hold at least two pieces of piece_mib ({piece_mib})"
             )
+        if not 0 < self.digest_share <= 1:
+            raise ValueError(f"digest_share must be above 0 and at most 1, got {self.digest_share}")
+        if self.expected_gb_s is not None and self.expected_gb_s <= 0:
+            raise ValueError(f"expected_gb_s must be above 0, got {self.expected_gb_s}")
         if not self.host or _is_wildcard(self.host):
             raise ValueError(f"host must be the address of one interface that peers can dial, got {self.host!r}")
-
-    @property
-    def transport_name(self) -> str:
-        """The transport that `auto` stands for."""
-        return "gloo" if self.transport == "auto" else self.transport
-
-    @property
-    def digest_name(self) -> str:
-        """What the digest policy is called in the handshake."""
-        return "none" if self.digest == "none" else "xxh3-64"
 
 
 def _is_wildcard(host: str) -> bool:

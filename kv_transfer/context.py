@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
-from kv_transfer.config import TransferConfig
-from kv_transfer.handshake import Handshake, Identity
+import torch
+
+from kv_transfer.config import CPU_PIECE_MIB, GPU_PIECE_MIB, PIECES_IN_STAGING, TransferConfig
+from kv_transfer.digest import Digester
+from kv_transfer.handshake import Handshake, Identity, Means
+from kv_transfer.lane import Lane, make_lane
 from kv_transfer.layout import KVLayout
 from kv_transfer.ledger import TicketLedger
 from kv_transfer.staging import KVMemory, StagingPool
@@ -14,6 +18,21 @@ from kv_transfer.timers import Janitor
 from kv_transfer.transport import ChannelOptions, Side
 
 MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class PairInfo:
+    """One pair of a node, for those who look in."""
+
+    peer: str
+    """worker/epoch, and the rank where there are several."""
+    direction: str
+    """to or from."""
+    state: str
+    transport: str = ""
+    latency_s: float = 0.0
+    """What the self-test gave; 0 before it."""
+    bytes_per_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -36,6 +55,11 @@ class TransferStats:
     lost_peers: int = 0
     refused_pairs: int = 0
     """Dialled this node and were refused."""
+    slow_pairs: int = 0
+    """Failed their self-test: far slower than the link should be."""
+    retired_pairs: int = 0
+    """Closed because they idled."""
+    pair_infos: list[PairInfo] = field(default_factory=list)
 
 
 class Counters:
@@ -51,11 +75,11 @@ class Counters:
             for name, count in counts.items():
                 setattr(self._stats, name, getattr(self._stats, name) + count)
 
-    def read(self, *, open_tickets: int, open_sends: int, pairs: int) -> TransferStats:
+    def read(self, *, open_tickets: int, open_sends: int, pair_infos: list[PairInfo]) -> TransferStats:
         """A copy, completed with what is open now."""
         with self._lock:
-            now = {"open_tickets": open_tickets, "open_sends": open_sends, "pairs": pairs}
-            return TransferStats(**(asdict(self._stats) | now))
+            now = {"open_tickets": open_tickets, "open_sends": open_sends, "pairs": len(pair_infos)}
+            return TransferStats(**(asdict(self._stats) | now | {"pair_infos": pair_infos}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +98,51 @@ class NodeContext:
     @property
     def piece_bytes(self) -> int:
         """Most bytes of a piece that this node sends."""
-        return max(self.config.piece_mib * MIB, self.layout.bytes_per_token_layer)
+        default = GPU_PIECE_MIB if self.memory.device.type == "cuda" else CPU_PIECE_MIB
+        return max((self.config.piece_mib or default) * MIB, self.layout.bytes_per_token_layer)
 
-    def new_staging(self) -> StagingPool:
-        """Staging for one end of a pair."""
-        return StagingPool(quota_bytes=self.config.staging_mib * MIB, piece_bytes=self.piece_bytes)
+    @property
+    def staging_bytes(self) -> int:
+        """Quota of one end of a pair."""
+        configured = self.config.staging_mib
+        return configured * MIB if configured is not None else PIECES_IN_STAGING * self.piece_bytes
 
-    def channel_options(self, side: Side) -> ChannelOptions:
-        """What the transport of one end needs to know."""
-        return ChannelOptions(
-            side=side,
-            host=self.config.host,
-            connect_timeout_s=self.config.connect_timeout_s,
-            transfer_timeout_s=self.config.peer_timeout_s,
+    def equip(self, side: Side, transport: str) -> Equipment:
+        """What one end of a pair works with."""
+        device, config = self.memory.device, self.config
+        on_gpu = transport == "nccl"
+        place = device if on_gpu else torch.device("cpu")
+        pinned = device.type == "cuda" and not on_gpu
+        return Equipment(
+            lane=make_lane(device),
+            staging=StagingPool(
+                quota_bytes=self.staging_bytes, piece_bytes=self.piece_bytes, device=place, pinned=pinned
+            ),
+            digester=Digester(config, on_gpu=on_gpu),
+            channel=ChannelOptions(
+                side=side,
+                host=config.host,
+                connect_timeout_s=config.connect_timeout_s,
+                transfer_timeout_s=config.peer_timeout_s,
+                device=place,
+                max_ctas=config.max_ctas,
+            ),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Equipment:
+    """What one end of a pair works with; it belongs to its data thread."""
+
+    lane: Lane
+    staging: StagingPool
+    digester: Digester
+    channel: ChannelOptions
+
+
+def means_of(memory: KVMemory, config: TransferConfig) -> Means:
+    """What a node with this memory can carry KV with."""
+    on_gpu = memory.device.type == "cuda"
+    transport = ("nccl" if on_gpu else "gloo") if config.transport == "auto" else config.transport
+    gpu = str(torch.cuda.get_device_properties(memory.device).uuid) if on_gpu else ""
+    return Means(transport, config.transport == "auto", gpu)

@@ -71,13 +71,23 @@ class ControlConnection:
             raise ProtocolError(f"{self.peer}: {error}") from error
 
     def watch(
-        self, handle: Callable[[ControlMessage], None], *, pings: bool, heartbeat_s: float, timeout_s: float
+        self,
+        handle: Callable[[ControlMessage], None],
+        *,
+        check: Callable[[], None],
+        pings: bool,
+        heartbeat_s: float,
+        timeout_s: float,
     ) -> None:
-        """Give every message to `handle` until the peer is lost; always ends with a PairError."""
+        """Give every message to `handle` until the peer is lost; always ends with a PairError.
+
+        `check` is called at least once a heartbeat while the peer lives, and may raise.
+        """
         heard = time.monotonic()
         next_ping = heard
         count = 0
         while True:
+            check()
             now = time.monotonic()
             if pings and now >= next_ping:
                 count += 1

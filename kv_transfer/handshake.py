@@ -6,7 +6,7 @@ The sender dials, then:
     PairHello(identities, layout, nonce, ...) ──>
                         <── PairChallenge(nonce, layout, mac)     the receiver knows the secret
     PairProof(mac) ──>                                            the sender knows it too
-                        <── PairReady, or PairRefused(reason)
+                        <── PairReady(transport), or PairRefused(reason)
 
 Both macs are HMAC-SHA256 with a key derived from the cluster secret, over the bytes of what was
 said before. What differs is told only to a peer that has proved itself.
@@ -25,9 +25,9 @@ from kv_transfer.errors import PairRefusedError, PeerLostError, ProtocolError
 from kv_transfer.layout import KVLayout
 from protos.auth import derive_key
 from protos.transfer_pb2 import ControlMessage, PairChallenge, PairHello, PairProof, PairRefused
-from protos.worker_pb2 import WorkerIdentity
+from protos.worker_pb2 import Layout, WorkerIdentity
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 _NONCE_BYTES = 16
 
 
@@ -51,16 +51,50 @@ def pair_key(secret: bytes) -> bytes:
     return derive_key(secret, "pdserve kv pair v1").encode()
 
 
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What a node can carry KV with."""
+
+    transport: str
+    """The transport it asks for."""
+    is_auto: bool
+    """Whether it takes another where that cannot be."""
+    gpu: str
+    """UUID of the GPU its KV lies on; empty on a CPU."""
+
+    def agree(self, transport: str, gpu: str, is_auto: bool) -> str | None:
+        """What a pair with a peer of these means uses; None if there is nothing."""
+        if transport != self.transport:
+            return None
+        if transport == "nccl" and gpu == self.gpu:
+            return "gloo" if self.is_auto and is_auto else None
+        return transport
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """What both ends of a pair know once they have shaken hands."""
+
+    peer: Identity
+    layout: KVLayout
+    """The peer's."""
+    transport: str
+    attempt: int
+
+
 class Handshake:
     """What one node says in its handshakes, as either end."""
 
-    def __init__(self, identity: Identity, layout: KVLayout, config: TransferConfig, secret: bytes) -> None:
+    def __init__(
+        self, identity: Identity, layout: KVLayout, config: TransferConfig, means: Means, secret: bytes
+    ) -> None:
         self._identity = identity
         self._layout = layout
         self._config = config
+        self._means = means
         self._key = pair_key(secret)
 
-    def as_sender(self, control: ControlConnection, receiver: Identity, attempt: int) -> None:
+    def as_sender(self, control: ControlConnection, receiver: Identity, attempt: int) -> Agreed:
         """Speak first; returns when the pair is agreed, PairRefusedError says why it is not."""
         deadline = time.monotonic() + self._config.connect_timeout_s
         hello = PairHello(
@@ -70,20 +104,24 @@ class Handshake:
             attempt=attempt,
             nonce=secrets.token_bytes(_NONCE_BYTES),
             protocol_version=PROTOCOL_VERSION,
-            transport=self._config.transport_name,
-            digest=self._config.digest_name,
+            transport=self._means.transport,
+            digest=self._config.digest,
+            gpu=self._means.gpu,
+            transport_is_auto=self._means.is_auto,
         )
         hello_bytes = control.send(ControlMessage(hello=hello))
         challenge_bytes, message = _read(control, "challenge", deadline)
-        if not hmac.compare_digest(message.challenge.mac, self._receiver_mac(hello_bytes, message.challenge)):
+        challenge = message.challenge
+        if not hmac.compare_digest(challenge.mac, self._receiver_mac(hello_bytes, challenge)):
             raise PairRefusedError(f"{control.peer} holds another cluster secret than this worker")
         mac = self._mac("sender", hello_bytes, challenge_bytes)
         control.send(ControlMessage(proof=PairProof(mac=mac)))
-        _read(control, "ready", deadline)
+        _, message = _read(control, "ready", deadline)
         control.max_bytes = MAX_PEER_BYTES
+        return Agreed(receiver, _layout_of(challenge.layout), message.ready.transport, attempt)
 
-    def as_receiver(self, control: ControlConnection) -> PairHello:
-        """Answer a stranger; returns its hello once it is proved and agreed, else tells it why not and raises.
+    def as_receiver(self, control: ControlConnection) -> Agreed:
+        """Answer a stranger; returns what is agreed once it has proved itself, else tells it why not and raises.
 
         The pair says PairReady when it is about to start.
         """
@@ -101,7 +139,10 @@ class Handshake:
         control.max_bytes = MAX_PEER_BYTES
         if objections := self._objections(hello):
             refuse(control, "; ".join(objections))
-        return hello
+        transport = self._means.agree(hello.transport, hello.gpu, hello.transport_is_auto)
+        assert transport is not None, "no objection was made"
+        sender = Identity(hello.sender.worker_id, hello.sender.epoch)
+        return Agreed(sender, KVLayout.from_proto(hello.layout), transport, hello.attempt)
 
     def _objections(self, hello: PairHello) -> list[str]:
         """What keeps this node from receiving from that sender, in words."""
@@ -109,16 +150,24 @@ class Handshake:
         meant = Identity(hello.receiver.worker_id, hello.receiver.epoch)
         if meant != self._identity:
             objections.append(f"this is {self._identity}, the ticket was for {meant}: ask for a new ticket")
-        for what, theirs, ours in (
-            ("transport", hello.transport, self._config.transport_name),
-            ("digest", hello.digest, self._config.digest_name),
-        ):
-            if theirs != ours:
-                objections.append(f"{what} is {ours} here and {theirs} there")
+        if self._means.agree(hello.transport, hello.gpu, hello.transport_is_auto) is None:
+            objections.append(
+                f"transport is {self._means.transport} here and {hello.transport} there"
+                if hello.transport != self._means.transport
+                else "both workers share one GPU, where NCCL makes no pair: set transport to auto"
+            )
+        if hello.digest != self._config.digest:
+            objections.append(f"digest is {self._config.digest} here and {hello.digest} there")
         try:
-            objections += layout_objections(self._layout, KVLayout.from_proto(hello.layout))
+            theirs = KVLayout.from_proto(hello.layout)
         except ValueError as error:
-            objections.append(f"the layout is none: {error}")
+            return [*objections, f"the layout is none: {error}"]
+        objections += self._layout.differences(theirs)
+        if not theirs.slices_to(self._layout):
+            objections.append(
+                f"rank {theirs.tp_rank} of {theirs.tp_size} has no KV heads for rank {self._layout.tp_rank} of "
+                f"{self._layout.tp_size}"
+            )
         return objections
 
     def _receiver_mac(self, hello_bytes: bytes, challenge: PairChallenge) -> bytes:
@@ -132,15 +181,11 @@ class Handshake:
         return mac.digest()
 
 
-def layout_objections(ours: KVLayout, theirs: KVLayout) -> list[str]:
-    """What keeps a pair from being made between two layouts, in words."""
-    objections = ours.differences(theirs)
-    if (ours.tp_size, ours.tp_rank) != (theirs.tp_size, theirs.tp_rank):
-        objections.append(
-            f"rank {ours.tp_rank} of {ours.tp_size} here and rank {theirs.tp_rank} of {theirs.tp_size} there: "
-            "KV moves between equal ranks"
-        )
-    return objections
+def _layout_of(message: Layout) -> KVLayout:
+    try:
+        return KVLayout.from_proto(message)
+    except ValueError as error:
+        raise ProtocolError(f"the peer's layout is none: {error}") from error
 
 
 def refuse(control: ControlConnection, reason: str) -> None:

@@ -12,57 +12,70 @@ import enum
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
 
 from kv_transfer.errors import TicketError, TransferIntegrityError
+from kv_transfer.staging import SlotIds
 from kv_transfer.ticket import KVTicket, SendResult, TicketState
 from kv_transfer.timers import Janitor
 from protos.transfer_pb2 import TicketComplete
 from protos.worker_pb2 import TokenOutput
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Piece:
     """KV of tokens [first_token, end_token) of layers [first_layer, end_layer), in memory at slot_ids."""
 
     first_layer: int
     num_layers: int
     first_token: int
-    slot_ids: Sequence[int]
+    slot_ids: SlotIds
+    ready: Any = None
+    """The event behind which the KV is written; None: it is."""
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the piece."""
         return len(self.slot_ids)
 
+    @property
+    def num_places(self) -> int:
+        """(layer, token) places of the piece."""
+        return self.num_layers * self.num_tokens
+
     def joined(self, other: Piece) -> Piece | None:
-        """This piece and the other as one, where they are neighbours in layers or in tokens."""
+        """This piece and the other, pushed later, as one, where they are neighbours in layers or in tokens."""
         if self.num_layers == other.num_layers and self.first_layer == other.first_layer:
             if self.first_token + self.num_tokens != other.first_token:
                 return None
-            return Piece(self.first_layer, self.num_layers, self.first_token, [*self.slot_ids, *other.slot_ids])
+            slot_ids = np.concatenate([self.slot_ids, other.slot_ids])
+            return Piece(self.first_layer, self.num_layers, self.first_token, slot_ids, other.ready or self.ready)
         if self.first_layer + self.num_layers == other.first_layer and self.first_token == other.first_token:
-            if self.slot_ids is not other.slot_ids and list(self.slot_ids) != list(other.slot_ids):
+            if self.slot_ids is not other.slot_ids and not np.array_equal(self.slot_ids, other.slot_ids):
                 return None
-            return Piece(self.first_layer, self.num_layers + other.num_layers, self.first_token, self.slot_ids)
+            num_layers = self.num_layers + other.num_layers
+            return Piece(self.first_layer, num_layers, self.first_token, self.slot_ids, other.ready or self.ready)
         return None
 
     def cut(self, max_places: int) -> tuple[Piece, list[Piece]]:
         """A piece of at most max_places (layer, token) places, and what is left: whole layers if one fits."""
-        if self.num_layers * self.num_tokens <= max_places:
+        if self.num_places <= max_places:
             return self, []
         if self.num_tokens <= max_places:
             return self._split_layers(max_places // self.num_tokens)
         layer, rest = self._split_layers(1) if self.num_layers > 1 else (self, [])
-        head = Piece(layer.first_layer, 1, layer.first_token, layer.slot_ids[:max_places])
-        tail = Piece(layer.first_layer, 1, layer.first_token + max_places, layer.slot_ids[max_places:])
+        head = Piece(layer.first_layer, 1, layer.first_token, layer.slot_ids[:max_places], self.ready)
+        tail = Piece(layer.first_layer, 1, layer.first_token + max_places, layer.slot_ids[max_places:], self.ready)
         return head, [tail, *rest]
 
     def _split_layers(self, count: int) -> tuple[Piece, list[Piece]]:
-        head = Piece(self.first_layer, count, self.first_token, self.slot_ids)
-        tail = Piece(self.first_layer + count, self.num_layers - count, self.first_token, self.slot_ids)
+        head = Piece(self.first_layer, count, self.first_token, self.slot_ids, self.ready)
+        tail = Piece(self.first_layer + count, self.num_layers - count, self.first_token, self.slot_ids, self.ready)
         return head, [tail]
 
 
@@ -74,8 +87,19 @@ class JobState(enum.Enum):
     SETTLED = "settled"
 
 
+class Pair(Protocol):
+    """What a job needs of the pair that serves it."""
+
+    @property
+    def is_backlogged(self) -> bool:
+        """Whether more waits to be sent over it than the staging's quota."""
+
+    def notice(self, job: SendJob) -> None:
+        """The job has something to do."""
+
+
 class SendJob:
-    """The sender's end of one ticket. `push`, `finish` and `abort` never block."""
+    """One pair's part of a ticket at its sender. `push`, `finish` and `abort` never block."""
 
     def __init__(
         self, ticket: KVTicket, on_settled: Callable[[SendResult], None], janitor: Janitor, max_places: int
@@ -88,21 +112,25 @@ class SendJob:
         self._state = JobState.OPEN
         self._pieces: deque[Piece] = deque()
         self._first: TokenOutput | None = None
+        self._told = False
+        """Whether the receiver has heard that this was all."""
         self._finished_at = 0.0
         self._gathering = False
         self._result: SendResult | None = None
-        self._notify: Callable[[SendJob], None] = lambda job: None
+        self._pair: Pair | None = None
+        self._on_room: Callable[[], None] | None = None
 
-    def attach(self, notify: Callable[[SendJob], None]) -> None:
-        """Have `notify` called, under no lock, whenever there is something new to do."""
-        self._notify = notify
+    def attach(self, pair: Pair) -> None:
+        """Have the pair noticed, under no lock, whenever there is something new to do."""
+        self._pair = pair
 
     # -- for the engine
 
-    def push(self, first_layer: int, num_layers: int, first_token: int, slot_ids: Sequence[int]) -> None:
+    def push(self, first_layer: int, num_layers: int, first_token: int, slot_ids: SlotIds, after: Any = None) -> None:
         """Send the KV of tokens [first_token, first_token + len(slot_ids)) of these layers, which lies at slot_ids.
 
-        The slots must keep their content, and the list its items, until the job is settled. TicketError
+        On a GPU it is there once the event `after` has come; events must come in the order of the pushes. The
+        slots must keep their content, and the array its items, until the job is settled. TicketError
         if the tokens are not the ticket's or the layers not the model's; a settled job ignores the push.
         """
         ticket = self.ticket
@@ -120,11 +148,11 @@ class SendJob:
                 return
             if self._state is JobState.FINISHING:
                 raise TicketError(f"ticket {ticket.ticket_id}: a push came after finish")
-            self._pieces.append(Piece(first_layer, num_layers, first_token, slot_ids))
-        self._notify(self)
+            self._pieces.append(Piece(first_layer, num_layers, first_token, np.asarray(slot_ids), after))
+        self._notify()
 
-    def finish(self, first: TokenOutput) -> None:
-        """Everything has been pushed: the first token follows the last piece."""
+    def finish(self, first: TokenOutput | None) -> None:
+        """Everything has been pushed: the first token (of rank 0) follows the last piece."""
         with self._lock:
             if self._state is JobState.SETTLED:
                 return
@@ -133,14 +161,28 @@ class SendJob:
             self._state = JobState.FINISHING
             self._first = first
             self._finished_at = time.monotonic()
-        self._notify(self)
+        self._notify()
 
     def abort(self, reason: str) -> None:
         """Give the ticket up; idempotent."""
         if self.settle(TicketState.ABORTED, reason):
-            self._notify(self)
+            self._notify()
+
+    def must_pause(self, on_room: Callable[[], None]) -> bool:
+        """Whether nothing more should be computed for this ticket yet; then `on_room` says, once, when to ask again."""
+        if self._pair is None or self.settled or not self._pair.is_backlogged:
+            return False
+        self._on_room = on_room
+        self._notify()
+        return True
 
     # -- for the pair
+
+    def made_room(self) -> None:
+        """A piece has left: whoever paused may ask again."""
+        on_room, self._on_room = self._on_room, None
+        if on_room is not None:
+            on_room()
 
     @property
     def settled(self) -> bool:
@@ -194,9 +236,10 @@ class SendJob:
         with self._lock:
             if self._pieces or self._state is not JobState.FINISHING:
                 return None
-            first, self._first = self._first, None
-            if first is None:
+            if self._told:
                 return None
+            self._told = True
+            first, self._first = self._first, None
             age_s = time.monotonic() - self._finished_at
             return TicketComplete(ticket_id=self.ticket.ticket_id, first=first, first_age_s=age_s)
 
@@ -204,10 +247,19 @@ class SendJob:
     def has_work(self) -> bool:
         """Whether a piece or the first token waits to be sent."""
         with self._lock:
-            return bool(self._pieces) or self._first is not None
+            return bool(self._pieces) or (self._state is JobState.FINISHING and not self._told)
+
+    def waiting_places(self) -> int:
+        """(layer, token) places whose KV is written and has not left."""
+        with self._lock:
+            return sum(piece.num_places for piece in self._pieces if piece.ready is None or piece.ready.query())
+
+    def _notify(self) -> None:
+        if self._pair is not None:
+            self._pair.notice(self)
 
     def _joined(self, piece: Piece, other: Piece) -> Piece | None:
-        if piece.num_layers * piece.num_tokens + other.num_layers * other.num_tokens > self._max_places:
+        if piece.num_places + other.num_places > self._max_places:
             return None
         return piece.joined(other)
 

@@ -6,7 +6,7 @@ ranks than heads, neighbouring ranks hold copies of one head, tp_size / num_kv_h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from protos import worker_pb2
 
@@ -20,6 +20,16 @@ class HeadSlice:
     first: int
     other_first: int
     num_heads: int
+
+    @property
+    def heads(self) -> range:
+        """The heads in the numbering of the rank that has them as `first`."""
+        return range(self.first, self.first + self.num_heads)
+
+    @property
+    def other_heads(self) -> range:
+        """The heads in the other's numbering."""
+        return range(self.other_first, self.other_first + self.num_heads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +79,16 @@ class KVLayout:
     @property
     def bytes_per_token_layer(self) -> int:
         """Bytes of K and V of one token in one layer of this rank."""
-        return 2 * self.num_local_heads * self.head_dim * ITEM_BYTES[self.dtype]
+        return self.num_local_heads * self.bytes_per_head
+
+    @property
+    def bytes_per_head(self) -> int:
+        """Bytes of K and V of one token in one layer for one head."""
+        return 2 * self.head_dim * ITEM_BYTES[self.dtype]
+
+    def of_rank(self, rank: int) -> KVLayout:
+        """The layout of another rank of the same worker."""
+        return replace(self, tp_rank=rank)
 
     def slices_to(self, other: KVLayout) -> list[HeadSlice]:
         """Heads that this rank sends to rank `other`; empty where another rank does.

@@ -1,10 +1,10 @@
 """The receiver's book of open tickets: who may write where, until when, and how each ends.
 
-States as in `ticket`. `grant` opens a ticket; the data thread of the pair that brings its first
-piece becomes its holder and alone writes under it, between `begin_write` and `end_write`. Whoever
-ends a ticket meanwhile (an abort, the lease, a lost peer) only marks it; the write in progress
-finishes first, and the end is told after it. Ended tickets are remembered for a while, so that a
-late piece or question gets the true verdict.
+States as in `ticket`. `grant` opens a ticket; the data thread of the pair that brings the first piece of some
+heads becomes their holder and alone writes them, between `begin_write` and `end_write`. With unequal tensor
+parallelism several pairs hold one ticket, each for other heads. Whoever ends a ticket meanwhile (an abort, the
+lease, a lost peer) only marks it; the writes in progress finish first, and the end is told after them. Ended
+tickets are remembered for a while, so that a late piece or question gets the true verdict.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
+
+import numpy as np
 
 from kv_transfer.errors import TicketError, TransferIntegrityError
 from kv_transfer.layout import KVLayout
@@ -26,8 +28,21 @@ from protos.worker_pb2 import TokenOutput
 _MAX_REMEMBERED = 4096
 
 
+@dataclass(frozen=True, slots=True)
+class SlotWrite:
+    """Where a piece goes."""
+
+    slot_ids: np.ndarray  # [num_tokens] int64
+    after: Any
+    """The event that the write must come after; None: it may come now."""
+
+
 class Holder(Protocol):
-    """The pair a ticket's KV comes over."""
+    """A pair that a ticket's KV comes over."""
+
+    @property
+    def heads(self) -> range:
+        """The heads that come over it, in this rank's numbering."""
 
     def tell_settled(self, ticket_id: str, state: TicketState, reason: str) -> None:
         """Tell the sender how its ticket ended; must not block."""
@@ -40,12 +55,17 @@ class _Ticket:
     grant: TicketGrant
     expires_at: float
     missing: int
-    """(layer, token) places whose KV is not home."""
+    """(layer, token, head) places whose KV is not home."""
     state: TicketState = TicketState.RESERVED
-    holder: Holder | None = None
-    home: dict[int, int] = field(default_factory=dict)
-    """layer -> bit t set: token first_token + t is home, or being written."""
-    writing: bool = False
+    holders: list[Holder] = field(default_factory=list)
+    num_complete: int = 0
+    """Heads whose holder has said that all was announced."""
+    first: TokenOutput | None = None
+    computed_at: float = 0.0
+    """When the first token was computed, on the monotonic clock."""
+    home: dict[tuple[int, int], int] = field(default_factory=dict)
+    """(layer, a holder's first head) -> bit t set: token first_token + t is home, or being written."""
+    num_writing: int = 0
     doom: tuple[TicketState, str] | None = None
     """How it ends once the write in progress is over."""
     busy_s: float = 0.0
@@ -85,7 +105,7 @@ class TicketLedger:
             if shared := self._blocks.intersection(grant.block_ids):
                 raise TicketError(f"blocks {sorted(shared)} belong to another open ticket")
             self._blocks.update(grant.block_ids)
-            missing = (grant.num_tokens - grant.first_token) * self._layout.num_layers
+            missing = self._num_places(grant)
             self._open[grant.ticket_id] = _Ticket(grant, time.monotonic() + self._lease_s, missing)
             self._set_alarm()
 
@@ -115,7 +135,7 @@ class TicketLedger:
     def end_all(self, reason: str, holder: Holder | None = None) -> int:
         """Abort every ticket (of a holder, if one is named); the number of them."""
         with self._lock:
-            tickets = [ticket for ticket in self._open.values() if holder is None or ticket.holder is holder]
+            tickets = [ticket for ticket in self._open.values() if holder is None or holder in ticket.holders]
             for ticket in tickets:
                 if ticket.doom is None:
                     self._end(ticket, TicketState.ABORTED, reason)
@@ -123,57 +143,60 @@ class TicketLedger:
 
     # -- for the pairs' data threads
 
-    def begin_write(self, holder: Holder, piece: PieceAnnounced) -> list[int] | None:
-        """The slots a piece goes to, [num_tokens]; None if it must be dropped.
+    def begin_write(self, holder: Holder, piece: PieceAnnounced) -> SlotWrite | None:
+        """Where a piece goes; None if it must be dropped.
 
-        After slots were given, end_write must follow. A piece that does not fit its ticket ends the ticket.
+        After places were given, end_write must follow. A piece that does not fit its ticket ends the ticket.
         """
         with self._lock:
             ticket = self._held(holder, piece.ticket_id)
             if ticket is None:
                 return None
-            if objection := self._objection(ticket, piece):
+            if objection := self._objection(ticket, holder, piece):
                 self._end(ticket, TicketState.ABORTED, objection)
                 return None
             ticket.state = TicketState.RECEIVING
-            mask = self._mask(ticket, piece)
+            mask, first_head = self._mask(ticket, piece), holder.heads.start
             for layer in range(piece.first_layer, piece.first_layer + piece.num_layers):
-                ticket.home[layer] = ticket.home.get(layer, 0) | mask
-            ticket.writing = True
-            return self._slots(ticket.grant, piece.first_token, piece.num_tokens)
+                ticket.home[layer, first_head] = ticket.home.get((layer, first_head), 0) | mask
+            ticket.num_writing += 1
+            return SlotWrite(self._slots(ticket.grant, piece.first_token, piece.num_tokens), ticket.grant.after)
 
-    def end_write(self, piece: PieceAnnounced, busy_s: float, failure: str | None = None) -> None:
+    def end_write(self, piece: PieceAnnounced, num_heads: int, busy_s: float, failure: str | None = None) -> None:
         """The write of a piece is over; `failure` says why it did not succeed."""
         with self._lock:
             ticket = self._open[piece.ticket_id]
-            ticket.writing = False
+            ticket.num_writing -= 1
             ticket.busy_s += busy_s
             ticket.num_bytes += piece.num_bytes
             ticket.last_home = time.monotonic()
-            ticket.missing -= piece.num_layers * piece.num_tokens
-            if ticket.doom is not None:
+            ticket.missing -= piece.num_layers * piece.num_tokens * num_heads
+            if failure is not None and ticket.doom is None:
+                ticket.doom = (TicketState.ABORTED, failure)
+            if ticket.doom is not None and not ticket.num_writing:
                 self._close(ticket, *ticket.doom)
-            elif failure is not None:
-                self._end(ticket, TicketState.ABORTED, failure)
 
-    def complete(self, holder: Holder, ticket_id: str, first: TokenOutput, computed_at: float) -> None:
-        """The sender has announced everything, and all of it was handled: deliver, or abort if KV is missing."""
+    def complete(self, holder: Holder, ticket_id: str, first: TokenOutput | None, computed_at: float) -> None:
+        """A sender has announced everything, and all of it was handled: abort if KV is missing, deliver with the last.
+
+        `first` comes from rank 0 to rank 0 alone.
+        """
         with self._lock:
             ticket = self._held(holder, ticket_id)
             if ticket is None:
                 return
-            grant = ticket.grant
-            if ticket.missing:
-                self._end(ticket, TicketState.ABORTED, f"KV of {ticket.missing} (layer, token) places never came")
+            if objection := self._incomplete(ticket, holder, first):
+                self._end(ticket, TicketState.ABORTED, objection)
                 return
-            if first.request_id != grant.request_id:
-                reason = f"the first token is of request {first.request_id}, the ticket of {grant.request_id}"
-                self._end(ticket, TicketState.ABORTED, reason)
+            ticket.num_complete += len(holder.heads)
+            if first is not None:
+                ticket.first, ticket.computed_at = first, computed_at
+            if ticket.num_complete < self._layout.num_local_heads:
                 return
             self._close(ticket, TicketState.DELIVERED, "")
-        tail_s = max(0.0, ticket.last_home - computed_at)
-        received = ReceivedKV(ticket_id, first, ticket.busy_s, ticket.num_bytes, tail_s)
-        run_safely(partial(grant.on_ready, received), "on_ready")
+        tail_s = max(0.0, ticket.last_home - ticket.computed_at) if ticket.first is not None else 0.0
+        received = ReceivedKV(ticket_id, ticket.first, ticket.busy_s, ticket.num_bytes, tail_s)
+        run_safely(partial(ticket.grant.on_ready, received), "on_ready")
 
     # -- invariants
 
@@ -194,9 +217,10 @@ class TicketLedger:
 
     def _check_ticket(self, ticket: _Ticket) -> None:
         grant = ticket.grant
-        places = (grant.num_tokens - grant.first_token) * self._layout.num_layers
-        claimed = sum(mask.bit_count() for mask in ticket.home.values())
-        if not ticket.writing and claimed + ticket.missing != places:
+        places = self._num_places(grant)
+        widths = {holder.heads.start: len(holder.heads) for holder in ticket.holders}
+        claimed = sum(mask.bit_count() * widths[first_head] for (_, first_head), mask in ticket.home.items())
+        if not ticket.num_writing and claimed + ticket.missing != places:
             raise TransferIntegrityError(
                 f"ticket {grant.ticket_id}: {claimed} places home and {ticket.missing} missing make not {places}"
             )
@@ -226,14 +250,31 @@ class TicketLedger:
             return None
         if ticket.doom is not None:
             return None
-        if ticket.holder is None:
-            ticket.holder = holder
-        elif ticket.holder is not holder:
-            holder.tell_settled(ticket_id, TicketState.ABORTED, "another pair brings this ticket's KV")
-            return None
+        if holder not in ticket.holders:
+            taken = {head for other in ticket.holders for head in other.heads}
+            if not taken.isdisjoint(holder.heads):
+                holder.tell_settled(ticket_id, TicketState.ABORTED, "another pair brings this ticket's KV")
+                return None
+            ticket.holders.append(holder)
         return ticket
 
-    def _objection(self, ticket: _Ticket, piece: PieceAnnounced) -> str | None:
+    def _incomplete(self, ticket: _Ticket, holder: Holder, first: TokenOutput | None) -> str | None:
+        """Why a holder cannot have sent all of its part."""
+        grant = ticket.grant
+        wanted = (1 << (grant.num_tokens - grant.first_token)) - 1
+        homes = [ticket.home.get((layer, holder.heads.start), 0) for layer in range(self._layout.num_layers)]
+        if missing := sum((wanted & ~home).bit_count() for home in homes):
+            return f"KV of {missing} (layer, token) places never came"
+        if first is not None and first.request_id != grant.request_id:
+            return f"the first token is of request {first.request_id}, the ticket of {grant.request_id}"
+        if first is None and self._layout.tp_rank == 0 and holder.heads.start == 0:
+            return "the first token never came"
+        return None
+
+    def _num_places(self, grant: TicketGrant) -> int:
+        return (grant.num_tokens - grant.first_token) * self._layout.num_layers * self._layout.num_local_heads
+
+    def _objection(self, ticket: _Ticket, holder: Holder, piece: PieceAnnounced) -> str | None:
         grant, layout = ticket.grant, self._layout
         tokens = f"tokens [{piece.first_token}, {piece.first_token + piece.num_tokens})"
         layers = f"layers [{piece.first_layer}, {piece.first_layer + piece.num_layers})"
@@ -243,12 +284,13 @@ class TicketLedger:
             return f"{tokens} are outside the ticket's [{grant.first_token}, {grant.num_tokens})"
         if piece.first_layer < 0 or piece.first_layer + piece.num_layers > layout.num_layers:
             return f"{layers} are outside the model's [0, {layout.num_layers})"
-        num_bytes = piece.num_layers * piece.num_tokens * layout.bytes_per_token_layer
+        num_bytes = piece.num_layers * piece.num_tokens * len(holder.heads) * layout.bytes_per_head
         if piece.num_bytes != num_bytes:
             return f"{tokens} of {layers} are {num_bytes} bytes, {piece.num_bytes} came"
-        mask = self._mask(ticket, piece)
+        mask, first_head = self._mask(ticket, piece), holder.heads.start
         if any(
-            ticket.home.get(layer, 0) & mask for layer in range(piece.first_layer, piece.first_layer + piece.num_layers)
+            ticket.home.get((layer, first_head), 0) & mask
+            for layer in range(piece.first_layer, piece.first_layer + piece.num_layers)
         ):
             return f"{tokens} of {layers} came twice"
         return None
@@ -257,20 +299,14 @@ class TicketLedger:
     def _mask(ticket: _Ticket, piece: PieceAnnounced) -> int:
         return ((1 << piece.num_tokens) - 1) << (piece.first_token - ticket.grant.first_token)
 
-    def _slots(self, grant: TicketGrant, first_token: int, num_tokens: int) -> list[int]:
-        block_size = self._layout.block_size
-        slot_ids: list[int] = []
-        token, end = first_token - grant.first_token, first_token - grant.first_token + num_tokens
-        while token < end:
-            index, offset = divmod(token, block_size)
-            count = min(block_size - offset, end - token)
-            slot = grant.block_ids[index] * block_size + offset
-            slot_ids.extend(range(slot, slot + count))
-            token += count
-        return slot_ids
+    def _slots(self, grant: TicketGrant, first_token: int, num_tokens: int) -> np.ndarray:
+        places = np.arange(first_token - grant.first_token, first_token - grant.first_token + num_tokens)
+        blocks = np.asarray(grant.block_ids, dtype=np.int64)
+        slot_ids: np.ndarray = blocks[places // self._layout.block_size] * self._layout.block_size
+        return slot_ids + places % self._layout.block_size
 
     def _end(self, ticket: _Ticket, state: TicketState, reason: str) -> None:
-        if ticket.writing:
+        if ticket.num_writing:
             ticket.doom = (state, reason)
         else:
             self._close(ticket, state, reason)
@@ -283,8 +319,8 @@ class TicketLedger:
         self._ended[grant.ticket_id] = (state, reason)
         if len(self._ended) > _MAX_REMEMBERED:
             self._ended.popitem(last=False)
-        if ticket.holder is not None:
-            ticket.holder.tell_settled(grant.ticket_id, state, reason)
+        for holder in ticket.holders:
+            holder.tell_settled(grant.ticket_id, state, reason)
         if state is not TicketState.DELIVERED:
             self._janitor.call_soon(partial(grant.on_end, state, reason))
 

@@ -11,23 +11,38 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from kv_transfer.config import TransferConfig
-from kv_transfer.context import Counters, NodeContext, TransferStats
+from kv_transfer.context import Counters, NodeContext, TransferStats, means_of
 from kv_transfer.errors import PairError, TransferIntegrityError
-from kv_transfer.handshake import Handshake, Identity, layout_objections
+from kv_transfer.fan_out import FanOut, Outlet
+from kv_transfer.handshake import Handshake, Identity
 from kv_transfer.jobs import SendJob
 from kv_transfer.layout import KVLayout
 from kv_transfer.ledger import TicketLedger
 from kv_transfer.peers import PeerTable
-from kv_transfer.sender import SenderPair
+from kv_transfer.sender import Receiver, SenderPair
 from kv_transfer.staging import KVMemory
 from kv_transfer.ticket import KVTicket, SendResult, TicketGrant, TicketState
 from kv_transfer.timers import Janitor
 
 _log = logging.getLogger(__name__)
 PairKey = tuple[str, int, str]
+"""worker_id, epoch, address."""
+
+
+def _key(receiver: Receiver) -> PairKey:
+    return (receiver.identity.worker_id, receiver.identity.epoch, receiver.address)
+
+
+def _receivers(ticket: KVTicket) -> list[Receiver]:
+    identity = Identity(ticket.worker_id, ticket.epoch)
+    return [
+        Receiver(identity, address, ticket.layout.of_rank(rank))
+        for rank, address in enumerate(ticket.control_addresses)
+    ]
 
 
 class TransferNode:
@@ -52,7 +67,7 @@ class TransferNode:
             layout=layout,
             memory=memory,
             config=config,
-            handshake=Handshake(identity, layout, config, secret),
+            handshake=Handshake(identity, layout, config, means_of(memory, config), secret),
             ledger=TicketLedger(layout, self._janitor, config.ticket_lease_s),
             janitor=self._janitor,
             counters=Counters(),
@@ -93,45 +108,76 @@ class TransferNode:
 
     # -- sending
 
-    def open_send(self, ticket: KVTicket, on_settled: Callable[[SendResult], None]) -> SendJob:
-        """Begin sending under a ticket, over the pair to its receiver, which is made if there is none.
+    def open_send(self, ticket: KVTicket, on_settled: Callable[[SendResult], None]) -> Outlet:
+        """Begin sending under a ticket, over the pairs to the ranks that take heads of this one (made where missing).
 
         `on_settled` is called exactly once, from a transfer thread, when nothing reads this side's
         KV for the ticket any more; it must not block. A ticket that cannot be used is ABORTED there too;
         PairError if this node has stopped, TicketError if the ticket is being sent already.
         """
-        context = self._context
-        max_places = context.piece_bytes // context.layout.bytes_per_token_layer
-        job = SendJob(ticket, on_settled, self._janitor, max_places)
-        objections = layout_objections(context.layout, ticket.layout)
+        layout = self._context.layout
+        objections = layout.differences(ticket.layout)
         if len(ticket.control_addresses) != ticket.layout.tp_size:
             objections.append(f"{len(ticket.control_addresses)} addresses for {ticket.layout.tp_size} ranks")
         if objections:
+            job = SendJob(ticket, on_settled, self._janitor, 1)
             job.settle(TicketState.ABORTED, f"no pair with {ticket.worker_id}: {'; '.join(objections)}")
             return job
-        key = (ticket.worker_id, ticket.epoch, ticket.control_addresses[context.layout.tp_rank])
+        receivers = [receiver for receiver in _receivers(ticket) if layout.slices_to(receiver.layout)]
+        if not receivers:  # copies of these heads on another rank of this worker are sent
+            job = SendJob(ticket, on_settled, self._janitor, 1)
+            job.settle(TicketState.DELIVERED, "")
+            return job
+        if len(receivers) == 1:
+            return self._open_job(receivers[0], ticket, on_settled)
+        return FanOut(ticket, [partial(self._open_job, receiver, ticket) for receiver in receivers], on_settled)
+
+    def meet(self, worker_id: str, epoch: int, addresses: Sequence[str], layout: KVLayout) -> None:
+        """Make the pairs to a worker's ranks ahead of the first ticket; one that cannot be made is made on use."""
+        context = self._context
+        if context.layout.differences(layout) or len(addresses) != layout.tp_size:
+            return
+        for rank, address in enumerate(addresses):
+            receiver = Receiver(Identity(worker_id, epoch), address, layout.of_rank(rank))
+            if context.layout.slices_to(receiver.layout):
+                with self._lock:
+                    if not self._stopped and _key(receiver) not in self._outgoing:
+                        self._new_pair(receiver)
+
+    def _open_job(self, receiver: Receiver, ticket: KVTicket, on_settled: Callable[[SendResult], None]) -> SendJob:
+        """The part of a ticket that goes to one rank."""
+        context = self._context
+        place_bytes = len(receiver.heads_from(context.layout).heads) * context.layout.bytes_per_head
+        job = SendJob(ticket, on_settled, self._janitor, max(1, context.piece_bytes // place_bytes))
         with self._lock:
             if self._stopped:
                 raise PairError(f"worker {context.identity} has stopped: nothing can be sent")
-            pair = self._outgoing.get(key)
+            pair = self._outgoing.get(_key(receiver))
             if pair is None or not pair.adopt(job):
-                self._outgoing[key] = self._new_pair(key, job)
+                self._new_pair(receiver).adopt(job)
         return job
 
-    def _new_pair(self, key: PairKey, job: SendJob) -> SenderPair:
-        worker_id, epoch, address = key
-        pair = SenderPair(
-            self._context, Identity(worker_id, epoch), address, next(self._attempts), on_closed=self._forget
-        )
-        pair.adopt(job)
+    def _new_pair(self, receiver: Receiver) -> SenderPair:
+        """Make a pair; the lock is held."""
+        self._retire_one()
+        pair = SenderPair(self._context, receiver, next(self._attempts), on_closed=self._forget)
+        self._outgoing[_key(receiver)] = pair
         self._alive.add(pair)
         pair.start()
         return pair
 
+    def _retire_one(self) -> None:
+        """Under the cap of pairs: close the one that idled longest, if any idles."""
+        if len(self._outgoing) >= self._context.config.max_pairs:
+            for pair in sorted(self._outgoing.values(), key=lambda pair: pair.idle_since):
+                if pair.retire():
+                    del self._outgoing[_key(pair.receiver)]
+                    return
+
     def _forget(self, pair: SenderPair) -> None:
         with self._lock:
             self._alive.discard(pair)
-            key = (pair.receiver.worker_id, pair.receiver.epoch, pair.address)
+            key = _key(pair.receiver)
             if self._outgoing.get(key) is pair:
                 del self._outgoing[key]
 
@@ -172,7 +218,7 @@ class TransferNode:
         return self._context.counters.read(
             open_tickets=self._context.ledger.num_open,
             open_sends=sum(pair.num_jobs for pair in pairs),
-            pairs=len(pairs) + self._peers.num_pairs,
+            pair_infos=[*(pair.info for pair in pairs), *self._peers.infos()],
         )
 
     def check_integrity(self, idle: bool = False) -> None:

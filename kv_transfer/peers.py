@@ -1,7 +1,7 @@
 """Who may send to this node: the control listener, and the table of incoming pairs.
 
 Each connection has a thread of its own from the first byte on, so a slow stranger holds nobody up;
-strangers are few (MAX_STRANGERS) and have the handshake's time. A sender has at most one pair to
+strangers are few (MAX_STRANGERS) and have the handshake's time. A rank of a sender has at most one pair to
 this node: a newer epoch or attempt replaces the older, which is closed; an older one is refused.
 """
 
@@ -12,16 +12,19 @@ import socket
 import threading
 import time
 
-from kv_transfer.context import NodeContext
+from kv_transfer.context import NodeContext, PairInfo
 from kv_transfer.control import ControlConnection
 from kv_transfer.errors import PairRefusedError, TransferError
-from kv_transfer.handshake import Identity, refuse
+from kv_transfer.handshake import Agreed, refuse
 from kv_transfer.receiver import ReceiverPair
 
 MAX_STRANGERS = 32
 ACCEPT_BACKOFF_S = 0.1
 """Pause after an accept that failed, as when file descriptors run out."""
 _log = logging.getLogger(__name__)
+
+SenderKey = tuple[str, int]
+"""worker_id and rank."""
 
 
 class PeerTable:
@@ -33,16 +36,16 @@ class PeerTable:
         self._stopping = threading.Event()
         self._listener: socket.socket | None = None
         self._strangers: set[ControlConnection] = set()
-        self._pairs: dict[str, ReceiverPair] = {}
-        self._newest: dict[str, tuple[int, int]] = {}
-        """worker_id -> (epoch, attempt) of the newest pair it ever made."""
+        self._pairs: dict[SenderKey, ReceiverPair] = {}
+        self._newest: dict[SenderKey, tuple[int, int]] = {}
+        """(epoch, attempt) of the newest pair a sender ever made."""
         self._threads: set[threading.Thread] = set()
         self._accepting = threading.Thread(target=self._accept, name="kv-listen", daemon=True)
 
-    @property
-    def num_pairs(self) -> int:
+    def infos(self) -> list[PairInfo]:
         """Incoming pairs that are made or being made."""
-        return len(self._pairs)
+        with self._lock:
+            return [pair.info for pair in self._pairs.values()]
 
     def start(self) -> str:
         """Listen on a free port of the configured interface; returns host:port, TransferError if it cannot."""
@@ -118,10 +121,9 @@ class PeerTable:
     def _introduce(self, control: ControlConnection) -> ReceiverPair | None:
         """Shake hands; the pair, booked in the table, or None when there is none."""
         try:
-            hello = self._context.handshake.as_receiver(control)
-            sender = Identity(hello.sender.worker_id, hello.sender.epoch)
-            control.peer = str(sender)
-            return self._book(control, sender, hello.attempt)
+            agreed = self._context.handshake.as_receiver(control)
+            control.peer = str(agreed.peer)
+            return self._book(control, agreed)
         except TransferError as error:
             if isinstance(error, PairRefusedError):
                 self._context.counters.add(refused_pairs=1)
@@ -133,24 +135,29 @@ class PeerTable:
             with self._lock:
                 self._strangers.discard(control)
 
-    def _book(self, control: ControlConnection, sender: Identity, attempt: int) -> ReceiverPair:
-        pair = ReceiverPair(self._context, control, sender, attempt, self._forget)
+    def _book(self, control: ControlConnection, agreed: Agreed) -> ReceiverPair:
+        pair = ReceiverPair(self._context, control, agreed, self._forget)
+        sender, key = agreed.peer, (agreed.peer.worker_id, agreed.layout.tp_rank)
         with self._lock:
-            newest = self._newest.get(sender.worker_id, (-1, -1))
-            is_new = (sender.epoch, attempt) > newest
-            old = self._pairs.get(sender.worker_id)
+            newest = self._newest.get(key, (-1, -1))
+            is_new = (sender.epoch, agreed.attempt) > newest
+            old = self._pairs.get(key)
             if is_new and not self._stopping.is_set():
-                self._newest[sender.worker_id] = (sender.epoch, attempt)
-                self._pairs[sender.worker_id] = pair
+                self._newest[key] = (sender.epoch, agreed.attempt)
+                self._pairs[key] = pair
         if self._stopping.is_set():
             refuse(control, "this worker stops")
         if not is_new:
-            refuse(control, f"attempt {attempt} of {sender} is older than attempt {newest[1]} of epoch {newest[0]}")
+            refuse(
+                control,
+                f"attempt {agreed.attempt} of {sender} is older than attempt {newest[1]} of epoch {newest[0]}",
+            )
         if old is not None:
-            old.close(f"replaced by attempt {attempt} of {sender}")
+            old.close(f"replaced by attempt {agreed.attempt} of {sender}")
         return pair
 
     def _forget(self, pair: ReceiverPair) -> None:
+        key = (pair.sender.worker_id, pair.sender_layout.tp_rank)
         with self._lock:
-            if self._pairs.get(pair.sender.worker_id) is pair:
-                del self._pairs[pair.sender.worker_id]
+            if self._pairs.get(key) is pair:
+                del self._pairs[key]

@@ -1,8 +1,8 @@
 """The receiving end of a pair: receives every announced piece in order, and writes what its ticket allows.
 
-States: CONNECTING (data channel) -> READY -> CLOSED, as at the sender. Two threads: the control thread
-reads announcements and heartbeats and never waits for data; the data thread posts the receives, checks
-digests, asks the ledger, scatters, and says the verdicts. A piece whose ticket has ended is received
+States: CONNECTING (data channel, self-test) -> READY -> CLOSED, as at the sender. Two threads: the control thread
+reads announcements and heartbeats and never waits for data; the data thread posts the receives, asks the
+ledger, scatters, checks digests, and says the verdicts. A piece whose ticket has ended is received
 and dropped. Losing the peer aborts the tickets whose KV came over this pair.
 """
 
@@ -17,17 +17,32 @@ from dataclasses import dataclass
 
 import torch
 
-from kv_transfer.context import NodeContext
+from kv_transfer.context import NodeContext, PairInfo
 from kv_transfer.control import ControlConnection
+from kv_transfer.digest import Value
 from kv_transfer.errors import ProtocolError, TransferError
-from kv_transfer.handshake import Identity
+from kv_transfer.handshake import Agreed
+from kv_transfer.ledger import SlotWrite
 from kv_transfer.rendezvous import PairStore
-from kv_transfer.staging import as_piece, digest_of
+from kv_transfer.self_test import Measured
+from kv_transfer.staging import as_piece
 from kv_transfer.ticket import TicketState
 from kv_transfer.transport import Side, Transfer, Transport, open_transport
-from protos.transfer_pb2 import ControlMessage, PairReady, PieceAnnounced, StoreSet, TicketComplete, TicketSettled
+from kv_transfer.watch import Watch
+from protos.transfer_pb2 import (
+    ControlMessage,
+    PairReady,
+    PieceAnnounced,
+    Probe,
+    ProbeSeen,
+    StoreSet,
+    TicketComplete,
+    TicketSettled,
+)
 
 _log = logging.getLogger(__name__)
+
+Item = PieceAnnounced | TicketComplete | Probe
 
 
 @dataclass(slots=True)
@@ -47,35 +62,55 @@ class ReceiverPair:
         self,
         context: NodeContext,
         control: ControlConnection,
-        sender: Identity,
-        attempt: int,
+        agreed: Agreed,
         on_closed: Callable[[ReceiverPair], None],
     ) -> None:
-        self.sender = sender
-        self.attempt = attempt
+        self.sender = agreed.peer
+        self.sender_layout = agreed.layout
+        self.heads = agreed.layout.slices_to(context.layout)[0].other_heads
+        """The heads that come over this pair, in this rank's numbering."""
+        self._agreed = agreed
         self._context = context
         self._control = control
         self._on_closed = on_closed
         self._changed = threading.Condition()
         self._closed = False
-        self._inbox: deque[tuple[PieceAnnounced | TicketComplete, float]] = deque()
+        self._inbox: deque[tuple[Item, float]] = deque()
         self._verdicts: deque[TicketSettled] = deque()
         self._posted: deque[_Incoming] = deque()
-        self._staging = context.new_staging()
+        self._equipment = context.equip(Side.RECEIVER, agreed.transport)
+        self._staging = self._equipment.staging
+        self._watch = Watch()
+        self._is_ready = False
+        self._measured = Measured()
         self._next_number = 1
         self._busy_until = 0.0
         self._store = PairStore(self._publish, context.config.connect_timeout_s)
         self._transport: Transport | None = None
-        self._thread = threading.Thread(target=self._run, name=f"kv-recv {sender}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"kv-recv {agreed.peer}", daemon=True)
+
+    @property
+    def info(self) -> PairInfo:
+        """The pair as others see it."""
+        state = "closed" if self._closed else "ready" if self._is_ready else "connecting"
+        rank = f" rank {self.sender_layout.tp_rank}" if self.sender_layout.tp_size > 1 else ""
+        measured = self._measured
+        return PairInfo(
+            f"{self.sender}{rank}", "from", state, self._agreed.transport, measured.latency_s, measured.bytes_per_s
+        )
 
     def serve(self) -> None:
         """Agree to the pair, and be its control thread until the pair ends; returns when nothing of it is left."""
         config = self._context.config
         try:
-            self._control.send(ControlMessage(ready=PairReady()))
+            self._control.send(ControlMessage(ready=PairReady(transport=self._agreed.transport)))
             self._thread.start()
             self._control.watch(
-                self._handle, pings=False, heartbeat_s=config.heartbeat_s, timeout_s=config.peer_timeout_s
+                self._handle,
+                check=self._watch.check,
+                pings=False,
+                heartbeat_s=config.heartbeat_s,
+                timeout_s=config.peer_timeout_s,
             )
         except TransferError as error:
             self.close(str(error))
@@ -114,6 +149,11 @@ class ReceiverPair:
             self._put(message.piece)
         elif kind == "complete":
             self._put(message.complete)
+        elif kind == "probe":
+            self._put(message.probe)
+        elif kind == "measured":
+            self._measured = Measured(message.measured.latency_s, message.measured.bytes_per_s)
+            self._is_ready = True
         elif kind == "abandoned":
             reason = f"the sender gave it up: {message.abandoned.reason}"
             self._context.ledger.end(message.abandoned.ticket_id, TicketState.ABORTED, reason)
@@ -122,7 +162,7 @@ class ReceiverPair:
         else:
             raise ProtocolError(f"{self.sender} sent {kind or 'nothing known'}, which a sender does not say")
 
-    def _put(self, item: PieceAnnounced | TicketComplete) -> None:
+    def _put(self, item: Item) -> None:
         with self._changed:
             self._inbox.append((item, time.monotonic()))
             self._changed.notify()
@@ -130,10 +170,8 @@ class ReceiverPair:
     # -- the data thread
 
     def _run(self) -> None:
-        config = self._context.config
         try:
-            options = self._context.channel_options(Side.RECEIVER)
-            self._transport = open_transport(config.transport_name, options, self._store)
+            self._transport = open_transport(self._agreed.transport, self._equipment.channel, self._store)
             while not self._closed:
                 self._step()
         except TransferError as error:
@@ -156,11 +194,26 @@ class ReceiverPair:
         self._post_receives()
         if self._posted:
             self._land(self._posted.popleft())
-        elif self._inbox and isinstance(self._inbox[0][0], TicketComplete):
-            complete, heard_at = self._inbox.popleft()
-            assert isinstance(complete, TicketComplete)
-            computed_at = heard_at - complete.first_age_s
-            self._context.ledger.complete(self, complete.ticket_id, complete.first, computed_at)
+            return
+        item, heard_at = self._inbox[0] if self._inbox else (None, 0.0)
+        if isinstance(item, TicketComplete):
+            self._inbox.popleft()
+            first = item.first if item.HasField("first") else None
+            self._context.ledger.complete(self, item.ticket_id, first, heard_at - item.first_age_s)
+        elif isinstance(item, Probe):
+            self._inbox.popleft()
+            self._answer_probe(item)
+
+    def _answer_probe(self, probe: Probe) -> None:
+        buffer = self._staging.acquire(probe.num_bytes)
+        assert buffer is not None, "nothing is posted"
+        assert self._transport is not None
+        lane, bound_s = self._equipment.lane, self._context.config.peer_timeout_s
+        with self._watch.waiting(f"a probe of {self.sender}", bound_s), lane.active():
+            self._transport.recv(buffer[: probe.num_bytes]).wait()
+            lane.mark().wait()
+        self._control.send(ControlMessage(probe_seen=ProbeSeen()))
+        self._staging.release(buffer)
 
     def _post_receives(self) -> None:
         """Post receives for announced pieces, up to the next completion or the staging's end."""
@@ -179,34 +232,57 @@ class ReceiverPair:
                 return
             self._inbox.popleft()
             self._next_number += 1
-            transfer = self._transport.recv(buffer[: piece.num_bytes])
+            with self._equipment.lane.active():
+                transfer = self._transport.recv(buffer[: piece.num_bytes])
             self._posted.append(_Incoming(piece, heard_at, buffer, transfer))
 
     def _land(self, incoming: _Incoming) -> None:
-        """Wait for a piece, check it, write it."""
-        piece, counters = incoming.piece, self._context.counters
-        incoming.transfer.wait()
+        """Write a piece where its ticket says and check it; the ticket learns of it once the copy is done."""
+        piece, counters, lane = incoming.piece, self._context.counters, self._equipment.lane
         data = incoming.buffer[: piece.num_bytes]
-        counters.add(received_bytes=piece.num_bytes, received_pieces=1)
-        if piece.has_digest and digest_of(data) != piece.digest:
-            counters.add(digest_mismatches=1)
-            self._context.ledger.end(piece.ticket_id, TicketState.ABORTED, "digest mismatch")
-        slots = self._context.ledger.begin_write(self, piece)
-        if slots is None:
-            counters.add(dropped_pieces=1)
-        else:
-            failure = self._scatter(piece, slots, data)
-            now = time.monotonic()
-            busy_s = now - max(incoming.heard_at, self._busy_until)
-            self._busy_until = now
-            self._context.ledger.end_write(piece, busy_s, failure)
+        bound_s = self._context.config.peer_timeout_s
+        slots = failure = None
+        try:
+            with self._watch.waiting(f"piece {piece.sequence_number} of {self.sender}", bound_s), lane.active():
+                incoming.transfer.wait()
+                digest = self._equipment.digester.begin(data) if piece.has_digest else None
+                if self._equipment.digester.is_prompt:
+                    self._check(piece, digest)
+                slots = self._context.ledger.begin_write(self, piece)
+                if slots is not None:
+                    failure = self._scatter(piece, slots, data)
+                lane.mark().wait()
+            counters.add(received_bytes=piece.num_bytes, received_pieces=1)
+            if not self._equipment.digester.is_prompt:
+                self._check(piece, digest)
+        except Exception:
+            failure = "the pair was lost in the middle of a piece"
+            raise
+        finally:
+            self._landed(incoming, wrote=slots is not None, failure=failure)
         self._staging.release(incoming.buffer)
 
-    def _scatter(self, piece: PieceAnnounced, slots: list[int], data: torch.Tensor) -> str | None:
+    def _check(self, piece: PieceAnnounced, digest: Value | None) -> None:
+        """End the ticket of a piece that is not what was announced."""
+        if digest is not None and digest() != piece.digest:
+            self._context.counters.add(digest_mismatches=1)
+            self._context.ledger.end(piece.ticket_id, TicketState.ABORTED, "digest mismatch")
+
+    def _landed(self, incoming: _Incoming, *, wrote: bool, failure: str | None) -> None:
+        if not wrote:
+            self._context.counters.add(dropped_pieces=1)
+            return
+        now = time.monotonic()
+        busy_s = now - max(incoming.heard_at, self._busy_until)
+        self._busy_until = now
+        self._context.ledger.end_write(incoming.piece, len(self.heads), busy_s, failure)
+
+    def _scatter(self, piece: PieceAnnounced, slots: SlotWrite, data: torch.Tensor) -> str | None:
         """Write a piece; what went wrong, if something did."""
-        view = as_piece(data, self._context.layout, piece.num_layers, piece.num_tokens)
+        view = as_piece(data, self._context.layout, piece.num_layers, piece.num_tokens, len(self.heads))
         try:
-            self._context.memory.scatter(piece.first_layer, piece.num_layers, slots, view)
+            self._equipment.lane.follow(slots.after)
+            self._context.memory.scatter(piece.first_layer, piece.num_layers, slots.slot_ids, self.heads, view)
         except Exception as error:
             _log.exception("writing KV of ticket %s failed", piece.ticket_id)
             return f"writing KV failed: {error!r}"

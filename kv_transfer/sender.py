@@ -1,10 +1,11 @@
 """The sending end of a pair: takes what jobs push, gathers it, announces it, sends it.
 
-States: CONNECTING (dial, handshake, data channel) -> READY -> CLOSED. A refusal, a lost peer, a failed
+States: CONNECTING (dial, handshake, data channel, self-test) -> READY -> CLOSED. A refusal, a lost peer, a failed
 transfer, idleness and the node's stop lead to CLOSED; nothing leads back: the next ticket makes a new
 pair, and one that joined before the loss was noticed is LOST with the others. Two threads: the data
-thread connects and is the only one that gathers; the control thread hears verdicts and heartbeats.
-Jobs are served in turn, a piece at a time.
+thread connects and is the only one that gathers; the control thread hears verdicts and heartbeats, and
+ends waits that last too long. Jobs are served in turn, a piece at a time. A piece is announced once its
+gather is done, so the receiver never waits for KV that is being computed.
 """
 
 from __future__ import annotations
@@ -18,23 +19,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
-from kv_transfer.context import NodeContext
+from kv_transfer.context import NodeContext, PairInfo
 from kv_transfer.control import ControlConnection, dial
 from kv_transfer.errors import PairRefusedError, PeerLostError, ProtocolError, TicketError, TransferError
 from kv_transfer.handshake import Identity
-from kv_transfer.jobs import Piece, SendJob
+from kv_transfer.jobs import SendJob
+from kv_transfer.layout import HeadSlice, KVLayout
+from kv_transfer.outgoing import Outgoing
 from kv_transfer.rendezvous import PairStore
-from kv_transfer.staging import as_piece, digest_of
+from kv_transfer.self_test import Measured, SelfTest, judge
 from kv_transfer.ticket import TicketState
-from kv_transfer.transport import Side, Transfer, Transport, open_transport
-from protos.transfer_pb2 import ControlMessage, PieceAnnounced, StoreSet, TicketAbandoned
+from kv_transfer.transport import Side, Transport, open_transport
+from kv_transfer.watch import Watch
+from protos.transfer_pb2 import ControlMessage, StoreSet, TicketAbandoned
 
 _log = logging.getLogger(__name__)
-
-MAX_IN_FLIGHT = 4
-"""Pieces on the wire at once: enough to gather the next while one travels; more would only be joined less."""
 
 
 class PairState(enum.Enum):
@@ -45,13 +44,22 @@ class PairState(enum.Enum):
     CLOSED = "closed"
 
 
-@dataclass(slots=True)
-class _InFlight:
-    """A piece on its way, or (without a transfer) the end of a job behind its last piece."""
+@dataclass(frozen=True, slots=True)
+class Receiver:
+    """One rank of a worker that takes KV."""
 
-    transfer: Transfer | None = None
-    buffer: torch.Tensor | None = None
-    finished: SendJob | None = None
+    identity: Identity
+    address: str
+    """host:port of its control listener."""
+    layout: KVLayout
+
+    def __str__(self) -> str:
+        rank = f" rank {self.layout.tp_rank}" if self.layout.tp_size > 1 else ""
+        return f"{self.identity}{rank}"
+
+    def heads_from(self, sender: KVLayout) -> HeadSlice:
+        """What a rank of that layout sends to it."""
+        return sender.slices_to(self.layout)[0]
 
 
 class SenderPair:
@@ -60,13 +68,13 @@ class SenderPair:
     def __init__(
         self,
         context: NodeContext,
-        receiver: Identity,
-        address: str,
+        receiver: Receiver,
         attempt: int,
         on_closed: Callable[[SenderPair], None],
     ) -> None:
         self.receiver = receiver
-        self.address = address
+        self.heads = receiver.heads_from(context.layout)
+        self.idle_since = time.monotonic()
         self._context = context
         self._attempt = attempt
         self._on_closed = on_closed
@@ -76,10 +84,12 @@ class SenderPair:
         self._ready: deque[SendJob] = deque()
         self._control: ControlConnection | None = None
         self._transport: Transport | None = None
+        self._measured = Measured()
+        self._transport_name = ""
+        self._test = SelfTest(self._say, context.config.connect_timeout_s)
+        self._watch = Watch()
         self._store = PairStore(self._publish, context.config.connect_timeout_s)
-        self._staging = context.new_staging()
-        self._in_flight: deque[_InFlight] = deque()
-        self._sequence_number = 0
+        self._outgoing: Outgoing | None = None
         self._thread = threading.Thread(target=self._run, name=f"kv-send {receiver}", daemon=True)
         self._listener = threading.Thread(target=self._listen, name=f"kv-hear {receiver}", daemon=True)
 
@@ -93,6 +103,22 @@ class SenderPair:
         with self._changed:
             return sum(not job.settled for job in self._jobs.values())
 
+    @property
+    def info(self) -> PairInfo:
+        """The pair as others see it."""
+        measured = self._measured
+        return PairInfo(
+            str(self.receiver), "to", self._state.value, self._transport_name, measured.latency_s, measured.bytes_per_s
+        )
+
+    @property
+    def is_backlogged(self) -> bool:
+        """Whether more KV waits to be sent than the staging's quota: nothing new should be computed for this pair."""
+        place_bytes = self.heads.num_heads * self._context.layout.bytes_per_head
+        with self._changed:
+            jobs = list(self._jobs.values())
+        return sum(job.waiting_places() for job in jobs) * place_bytes > self._context.staging_bytes
+
     def adopt(self, job: SendJob) -> bool:
         """Take a job in; False if the pair is closed, TicketError if the ticket is being sent already."""
         with self._changed:
@@ -101,8 +127,19 @@ class SenderPair:
             if job.ticket.ticket_id in self._jobs:
                 raise TicketError(f"ticket {job.ticket.ticket_id} is being sent already")
             self._jobs[job.ticket.ticket_id] = job
-            job.attach(self._notice)
+            job.attach(self)
             return True
+
+    def retire(self) -> bool:
+        """Close the pair if no job needs it; False if one does."""
+        with self._changed:
+            if self._jobs or self._state is not PairState.READY:
+                return False
+            self._state = PairState.CLOSED
+            self._changed.notify_all()
+        self._context.counters.add(retired_pairs=1)
+        self._hang_up("retired")
+        return True
 
     def close(self, reason: str) -> None:
         """End the pair from any thread; its jobs become ABORTED. `join` waits for it."""
@@ -138,108 +175,76 @@ class SenderPair:
             self._clean_up()
 
     def _connect(self) -> None:
-        config = self._context.config
-        sock = dial(self.address, timeout_s=config.connect_timeout_s)
-        control = ControlConnection(sock, peer=str(self.receiver), send_timeout_s=config.peer_timeout_s)
+        config, receiver = self._context.config, self.receiver
+        sock = dial(receiver.address, timeout_s=config.connect_timeout_s)
+        control = ControlConnection(sock, peer=str(receiver), send_timeout_s=config.peer_timeout_s)
         with self._changed:
             self._control = control
             if self._closed:
                 return
-        self._context.handshake.as_sender(control, self.receiver, self._attempt)
+        agreed = self._context.handshake.as_sender(control, receiver.identity, self._attempt)
+        if agreed.layout != receiver.layout:
+            raise PairRefusedError(f"{receiver} has another layout than its ticket says: {agreed.layout}")
         self._listener.start()
-        options = self._context.channel_options(Side.SENDER)
-        transport = open_transport(config.transport_name, options, self._store)
+        self._transport_name = agreed.transport
+        equipment = self._context.equip(Side.SENDER, agreed.transport)
+        transport = open_transport(agreed.transport, equipment.channel, self._store)
         with self._changed:
             self._transport = transport
+            if self._closed:
+                return
+        self._measured = self._test.run(transport, equipment, self._context.piece_bytes)
+        self._outgoing = Outgoing(self._context, equipment, transport, self.heads.heads, str(receiver), self._watch)
+        if not judge(self._measured, agreed.transport, config, str(receiver)):
+            self._context.counters.add(slow_pairs=1)
+        with self._changed:
             if self._state is PairState.CONNECTING:
                 self._state = PairState.READY
+                self.idle_since = time.monotonic()
 
     def _step(self) -> None:
         """Send one piece or one first token, or wait for a transfer or for work."""
-        job = self._next_job()
+        outgoing = self._outgoing
+        assert outgoing is not None, "the pair is connected"
+        job = self._next_job(outgoing)
         if job is None:
-            if self._in_flight:
-                self._reap()
-            return
-        if job.settled:
+            if not outgoing.is_empty:
+                self._reap(outgoing)
+        elif job.settled:
             self._abandon(job)
         elif (complete := job.take_complete()) is not None:
             self._say(ControlMessage(complete=complete))
-            self._in_flight.append(_InFlight(finished=job))
+            outgoing.note_end(job)
         else:
-            self._send_piece(job)
+            self._send_piece(outgoing, job)
 
-    def _next_job(self) -> SendJob | None:
+    def _next_job(self, outgoing: Outgoing) -> SendJob | None:
         """The job whose turn it is; None when something in flight, or the end of the pair, comes first."""
         idle_s = self._context.config.idle_pair_s
         with self._changed:
             while not self._closed:
-                if self._ready and len(self._in_flight) < MAX_IN_FLIGHT:
+                if self._ready and not outgoing.is_full:
                     return self._ready.popleft()
-                if self._in_flight:
+                if not outgoing.is_empty:
                     return None
                 if not self._changed.wait(None if self._jobs else idle_s) and not self._jobs:
                     self._state = PairState.CLOSED
+                    self._context.counters.add(retired_pairs=1)
             return None
 
-    def _send_piece(self, job: SendJob) -> None:
-        while (buffer := self._staging.acquire(self._context.piece_bytes)) is None:
-            self._reap()
-        gathered = self._gather(job, buffer)
-        if gathered is None:
-            self._staging.release(buffer)
-            return
-        piece, data = gathered
-        self._announce(job, piece, data)
-        transport = self._transport
-        assert transport is not None
-        self._in_flight.append(_InFlight(transport.send(data), buffer))
-        self._context.counters.add(sent_bytes=data.numel(), sent_pieces=1)
-        if job.has_work:
-            self._notice(job)
+    def _send_piece(self, outgoing: Outgoing, job: SendJob) -> None:
+        piece = outgoing.prepare(job)
+        if piece is not None:
+            self._say(ControlMessage(piece=piece.announced))
+            outgoing.send(piece)
+        if job.has_work or job.settled:
+            self.notice(job)
+        job.made_room()
 
-    def _gather(self, job: SendJob, buffer: torch.Tensor) -> tuple[Piece, torch.Tensor] | None:
-        """The job's next piece with its bytes in the buffer; None if there is nothing to send for it any more."""
-        piece = job.begin_gather()
-        if piece is None:
-            return None
-        layout = self._context.layout
-        data = buffer[: piece.num_layers * piece.num_tokens * layout.bytes_per_token_layer]
-        out = as_piece(data, layout, piece.num_layers, piece.num_tokens)
-        try:
-            self._context.memory.gather(piece.first_layer, piece.num_layers, piece.slot_ids, out)
-        except Exception as error:
-            _log.exception("gathering KV of ticket %s failed", job.ticket.ticket_id)
-            job.settle(TicketState.ABORTED, f"gathering KV failed: {error!r}")
-        if job.end_gather():
-            return piece, data
-        self._notice(job)
-        return None
-
-    def _announce(self, job: SendJob, piece: Piece, data: torch.Tensor) -> None:
-        has_digest = self._context.config.digest_name != "none"
-        self._sequence_number += 1
-        announced = PieceAnnounced(
-            sequence_number=self._sequence_number,
-            ticket_id=job.ticket.ticket_id,
-            first_layer=piece.first_layer,
-            num_layers=piece.num_layers,
-            first_token=piece.first_token,
-            num_tokens=piece.num_tokens,
-            num_bytes=data.numel(),
-            digest=digest_of(data) if has_digest else 0,
-            has_digest=has_digest,
-        )
-        self._say(ControlMessage(piece=announced))
-
-    def _reap(self) -> None:
+    def _reap(self, outgoing: Outgoing) -> None:
         """Wait for the oldest thing in flight."""
-        oldest = self._in_flight.popleft()
-        if oldest.transfer is not None and oldest.buffer is not None:
-            oldest.transfer.wait()
-            self._staging.release(oldest.buffer)
-        if oldest.finished is not None:
-            self._await_verdict(oldest.finished)
+        if (finished := outgoing.reap()) is not None:
+            self._await_verdict(finished)
 
     def _await_verdict(self, job: SendJob) -> None:
         """The receiver has all of the job: bound the wait for its answer."""
@@ -269,7 +274,6 @@ class SenderPair:
             self._control.shutdown()
         if self._listener.ident is not None:
             self._listener.join()
-        self._in_flight.clear()
         if self._transport is not None:
             self._transport.close()
         if self._control is not None:
@@ -283,7 +287,13 @@ class SenderPair:
         control = self._control
         assert control is not None
         try:
-            control.watch(self._handle, pings=True, heartbeat_s=config.heartbeat_s, timeout_s=config.peer_timeout_s)
+            control.watch(
+                self._handle,
+                check=self._watch.check,
+                pings=True,
+                heartbeat_s=config.heartbeat_s,
+                timeout_s=config.peer_timeout_s,
+            )
         except TransferError as error:
             self._lose(TicketState.LOST, str(error), peer_lost=True)
 
@@ -296,6 +306,8 @@ class SenderPair:
                 self._settle(job, _verdict(message.settled.state), message.settled.reason)
         elif kind == "store_set":
             self._store.put(message.store_set.key, message.store_set.value)
+        elif kind == "probe_seen":
+            self._test.seen()
         else:
             raise ProtocolError(f"{self.receiver} sent {kind or 'nothing known'}, which a receiver does not say")
 
@@ -306,10 +318,11 @@ class SenderPair:
         with self._changed:
             if self._jobs.get(job.ticket.ticket_id) is job:
                 del self._jobs[job.ticket.ticket_id]
+                self.idle_since = time.monotonic()
                 self._changed.notify()
         job.settle(state, reason)
 
-    def _notice(self, job: SendJob) -> None:
+    def notice(self, job: SendJob) -> None:
         """A job has something to do (also: it was aborted)."""
         with self._changed:
             if job not in self._ready:
@@ -330,6 +343,9 @@ class SenderPair:
             self._context.counters.add(lost_peers=1)
         for job in jobs:
             job.settle(state, reason)
+        self._hang_up(reason)
+
+    def _hang_up(self, reason: str) -> None:
         self._store.close(reason)
         if self._transport is not None:
             self._transport.abort()

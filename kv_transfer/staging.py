@@ -1,29 +1,40 @@
 """Memory that pieces pass through on their way between the KV cache and the data channel.
 
-Shapes: a piece is [num_layers, 2, num_tokens, num_local_heads, head_dim]; 2 is K, then V.
-A staging buffer is flat uint8; it belongs to the pool, or to one piece from `acquire` to `release`.
+Shapes: a piece is [num_layers, 2, num_tokens, num_heads, head_dim]; 2 is K, then V; num_heads are the heads that
+travel between the two ranks. A staging buffer is flat uint8; it belongs to the pool, or to one piece from `acquire` to
+`release`. It lies where the transport wants it: on the GPU for NCCL, else in the CPU's memory (page-locked if KV is on
+a GPU).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
-import xxhash
 
 from kv_transfer.errors import ProtocolError, TransferIntegrityError
 from kv_transfer.layout import KVLayout
 
+SlotIds = np.ndarray
+"""int64 [num_tokens]: where tokens lie, block_id * block_size + offset."""
+
 
 class KVMemory(Protocol):
-    """The engine's KV, read and written by slot. Called from the pairs' threads."""
+    """The engine's KV, read and written by slot. Called from the pairs' threads, each on its own lane."""
 
-    def gather(self, first_layer: int, num_layers: int, slot_ids: Sequence[int], out: torch.Tensor) -> None:
-        """Copy the KV at slot_ids of layers [first_layer, first_layer + num_layers) into `out` (a piece)."""
+    @property
+    def device(self) -> torch.device:
+        """Where the KV lies."""
 
-    def scatter(self, first_layer: int, num_layers: int, slot_ids: Sequence[int], data: torch.Tensor) -> None:
-        """Copy a piece to slot_ids of layers [first_layer, first_layer + num_layers)."""
+    def gather(self, first_layer: int, num_layers: int, slot_ids: SlotIds, heads: range, out: torch.Tensor) -> None:
+        """Copy the KV of some heads at slot_ids of layers [first_layer, first_layer + num_layers) into a piece.
+
+        On a GPU the copy is enqueued on the current stream.
+        """
+
+    def scatter(self, first_layer: int, num_layers: int, slot_ids: SlotIds, heads: range, data: torch.Tensor) -> None:
+        """The reverse: copy a piece to its places."""
 
 
 class StagingPool:
@@ -32,9 +43,12 @@ class StagingPool:
     Memory is allocated as it is needed, and the buffer used last is used next.
     """
 
-    def __init__(self, *, quota_bytes: int, piece_bytes: int) -> None:
+    def __init__(
+        self, *, quota_bytes: int, piece_bytes: int, device: torch.device | None = None, pinned: bool = False
+    ) -> None:
         self._quota_bytes = quota_bytes
         self._piece_bytes = piece_bytes
+        self._place: dict[str, Any] = {"device": device or torch.device("cpu"), "pin_memory": pinned}
         self._free: list[torch.Tensor] = []
         self._allocated_bytes = 0
         self._num_lent = 0
@@ -73,15 +87,10 @@ class StagingPool:
         if self._allocated_bytes + num_bytes > self._quota_bytes:
             return None
         self._allocated_bytes += num_bytes
-        return torch.empty(num_bytes, dtype=torch.uint8)
+        return torch.empty(num_bytes, dtype=torch.uint8, **self._place)
 
 
-def as_piece(data: torch.Tensor, layout: KVLayout, num_layers: int, num_tokens: int) -> torch.Tensor:
-    """View bytes [num_bytes] uint8 as [num_layers, 2, num_tokens, num_local_heads, head_dim]."""
+def as_piece(data: torch.Tensor, layout: KVLayout, num_layers: int, num_tokens: int, num_heads: int) -> torch.Tensor:
+    """View bytes [num_bytes] uint8 as [num_layers, 2, num_tokens, num_heads, head_dim]."""
     dtype: torch.dtype = getattr(torch, layout.dtype)
-    return data.view(dtype).view(num_layers, 2, num_tokens, layout.num_local_heads, layout.head_dim)
-
-
-def digest_of(data: torch.Tensor) -> int:
-    """xxh3-64 of the bytes of a flat uint8 tensor on the CPU."""
-    return xxhash.xxh3_64_intdigest(data.numpy().data)
+    return data.view(dtype).view(num_layers, 2, num_tokens, num_heads, layout.head_dim)

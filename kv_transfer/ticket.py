@@ -17,6 +17,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from kv_transfer.layout import KVLayout
 from protos import worker_pb2
@@ -92,8 +93,8 @@ class ReceivedKV:
     """A delivered ticket: all KV is home."""
 
     ticket_id: str
-    first: worker_pb2.TokenOutput
-    """The first token, as the sender computed it."""
+    first: worker_pb2.TokenOutput | None
+    """The first token, as the sender computed it; None on ranks other than 0."""
     busy_s: float
     """Time the pair spent on this ticket's pieces, from each one's announcement to its being home."""
     num_bytes: int
@@ -118,6 +119,8 @@ class TicketGrant:
     block_ids: tuple[int, ...]
     first_token: int
     num_tokens: int
+    after: Any = None
+    """On a GPU: the event behind which the blocks' last owner no longer writes to them."""
     on_ready: Callable[[ReceivedKV], None]
     on_end: Callable[[TicketState, str], None]
 

@@ -2,8 +2,8 @@
 
 A transport is the data channel of one directed pair: rank 0 sends, rank 1 receives. Sends and
 receives are matched by order, and both ends know the size from the announcement. `send` and `recv`
-only start a transfer, so that one end can prepare the next piece meanwhile; on a GPU they enqueue
-on the pair's stream.
+only start a transfer, so that one end can prepare the next piece meanwhile; NCCL's begin once the pair's lane
+has come so far.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ class Transfer(Protocol):
     """A send or receive under way."""
 
     def wait(self) -> None:
-        """Return when the tensor may be used again; TransportError after the transport's timeout."""
+        """Let what follows on the current lane come after the transfer: on a CPU return when it is done.
+
+        TransportError after the transport's timeout.
+        """
 
 
 class Transport(Protocol):
@@ -59,15 +62,26 @@ class ChannelOptions:
     connect_timeout_s: float
     transfer_timeout_s: float
     """Bound on each transfer."""
+    device: torch.device | None = None
+    """Where the staging lies; None: in the CPU's memory."""
+    max_ctas: int = 4
+    """For NCCL, see `config`."""
 
 
 def open_transport(name: str, options: ChannelOptions, store: PairStore) -> Transport:
     """Make one end of a data channel; blocks until the other end does the same, TransportError after the timeout."""
     creators: dict[str, Callable[[ChannelOptions, PairStore], Transport]] = {
+        "nccl": _open_nccl,
         "gloo": _open_gloo,
         "loopback": _open_loopback,
     }
     return creators[name](options, store)
+
+
+def _open_nccl(options: ChannelOptions, store: PairStore) -> Transport:
+    from kv_transfer.nccl import NcclTransport
+
+    return NcclTransport(options, store)
 
 
 def _open_gloo(options: ChannelOptions, store: PairStore) -> Transport:

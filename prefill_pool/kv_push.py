@@ -8,9 +8,14 @@ The engine loop's thread calls everything; nothing here blocks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
 from engine.batch import ScheduledSequence
 from engine.sequence import Sequence
-from kv_transfer.jobs import SendJob
+from kv_transfer.fan_out import Outlet
 from kv_transfer.ticket import KVTicket
 from protos import worker_pb2 as pb
 
@@ -18,9 +23,11 @@ from protos import worker_pb2 as pb
 class KVPush:
     """What of a sequence's KV still has to leave, and how."""
 
-    def __init__(self, sequence: Sequence, ticket: KVTicket, job: SendJob, *, num_layers: int, block_size: int) -> None:
+    def __init__(
+        self, sequence: Sequence, ticket: KVTicket, outlet: Outlet, *, num_layers: int, block_size: int
+    ) -> None:
         self._sequence = sequence
-        self._job = job
+        self._outlet = outlet
         self._num_layers = num_layers
         self._block_size = block_size
         self._next_token = ticket.first_token
@@ -29,37 +36,41 @@ class KVPush:
     def begin_step(self, share: ScheduledSequence) -> StepPush | None:
         """What to push of this step's tokens; first sends what the prefix cache already held."""
         if share.start > self._next_token:
-            slots = self._slots(self._next_token, share.start)
-            for layer in range(self._num_layers):
-                self._job.push(layer, 1, self._next_token, slots)
+            self._outlet.push(0, self._num_layers, self._next_token, self._slots(self._next_token, share.start))
             self._next_token = share.start
         end = share.start + share.num_tokens
         if end <= self._next_token:
             return None
         first, self._next_token = self._next_token, end
-        return StepPush(self._job, first, self._slots(first, end))
+        return StepPush(self._outlet, first, self._slots(first, end))
+
+    def must_pause(self, on_room: Callable[[], None]) -> bool:
+        """Whether the receiver is so far behind that no more should be computed for it until `on_room` is called."""
+        return self._outlet.must_pause(on_room)
 
     def finish(self, first: pb.TokenOutput) -> None:
         """The prompt is computed: the first token follows the last piece."""
-        self._job.finish(first)
+        self._outlet.finish(first)
 
     def abort(self, reason: str) -> None:
         """Send nothing more than what is announced."""
-        self._job.abort(reason)
+        self._outlet.abort(reason)
 
-    def _slots(self, start: int, end: int) -> list[int]:
-        size, blocks = self._block_size, self._sequence.block_ids
-        return [blocks[token // size] * size + token % size for token in range(start, end)]
+    def _slots(self, start: int, end: int) -> np.ndarray:
+        size, tokens = self._block_size, np.arange(start, end)
+        blocks = np.asarray(self._sequence.block_ids[: -(-end // size)], dtype=np.int64)
+        slot_ids: np.ndarray = blocks[tokens // size] * size + tokens % size
+        return slot_ids
 
 
 class StepPush:
     """The tokens of one sequence that one step adds to its push."""
 
-    def __init__(self, job: SendJob, first_token: int, slot_ids: list[int]) -> None:
-        self._job = job
+    def __init__(self, outlet: Outlet, first_token: int, slot_ids: np.ndarray) -> None:
+        self._outlet = outlet
         self._first_token = first_token
         self._slot_ids = slot_ids
 
-    def layer_written(self, layer: int) -> None:
-        """This layer's KV of the step is in the cache."""
-        self._job.push(layer, 1, self._first_token, self._slot_ids)
+    def layer_written(self, layer: int, event: Any) -> None:
+        """This layer's KV of the step is in the cache once the event has come."""
+        self._outlet.push(layer, 1, self._first_token, self._slot_ids, event)

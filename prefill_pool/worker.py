@@ -83,12 +83,12 @@ class PrefillWorker:
             )
         sequence.owner = message.router_id
         sequence.prefill_only = True
-        job = self._node.open_send(ticket, lambda result: self._engine.loop.post(lambda: self._settled(key, result)))
+        outlet = self._node.open_send(ticket, lambda result: self._engine.loop.post(lambda: self._settled(key, result)))
         engine = self._engine
         push = KVPush(
             sequence,
             ticket,
-            job,
+            outlet,
             num_layers=engine.runner.config.num_layers,
             block_size=engine.scheduler.block_size,
         )
@@ -126,11 +126,16 @@ class PrefillWorker:
         if not pushes:
             return None
 
-        def on_layer(layer: int, _event: Any) -> None:
+        def on_layer(layer: int, event: Any) -> None:
             for push in pushes:
-                push.layer_written(layer)
+                push.layer_written(layer, event)
 
         return on_layer
+
+    def must_pause(self, sequence: Sequence) -> bool:
+        """Whether a prompt's receiver is too far behind for more of it to be computed now."""
+        task = self._tasks.get((sequence.request.request_id, sequence.request.attempt))
+        return task is not None and task.push.must_pause(lambda: self._engine.loop.post(_wake))
 
     def on_output(self, sequence: Sequence, output: TokenOutput) -> None:
         """The engine has computed a prompt's first token (or failed to)."""
@@ -197,3 +202,7 @@ class PrefillWorker:
                 "reason": result.reason,
             },
         )
+
+
+def _wake() -> None:
+    """Have the loop come round and schedule again."""

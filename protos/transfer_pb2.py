@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos import worker_pb2 as protos_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15protos/transfer.proto\x12\npdserve.v1\x1a\x13protos/worker.proto\"\xe6\x01\n\tPairHello\x12*\n\x06sender\x18\x01 \x01(\x0b\x32\x1a.pdserve.v1.WorkerIdentity\x12,\n\x08receiver\x18\x02 \x01(\x0b\x32\x1a.pdserve.v1.WorkerIdentity\x12\"\n\x06layout\x18\x03 \x01(\x0b\x32\x12.pdserve.v1.Layout\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\x03\x12\r\n\x05nonce\x18\x05 \x01(\x0c\x12\x18\n\x10protocol_version\x18\x06 \x01(\x05\x12\x11\n\ttransport\x18\x07 \x01(\t\x12\x0e\n\x06\x64igest\x18\x08 \x01(\t\"O\n\rPairChallenge\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x0b\n\x03mac\x18\x02 \x01(\x0c\x12\"\n\x06layout\x18\x03 \x01(\x0b\x32\x12.pdserve.v1.Layout\"\x18\n\tPairProof\x12\x0b\n\x03mac\x18\x01 \x01(\x0c\"\x0b\n\tPairReady\"\x1d\n\x0bPairRefused\x12\x0e\n\x06reason\x18\x01 \x01(\t\"&\n\x08StoreSet\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c\"\xc5\x01\n\x0ePieceAnnounced\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\x11\n\tticket_id\x18\x02 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x03 \x01(\x05\x12\x12\n\nnum_layers\x18\x04 \x01(\x05\x12\x13\n\x0b\x66irst_token\x18\x05 \x01(\x05\x12\x12\n\nnum_tokens\x18\x06 \x01(\x05\x12\x11\n\tnum_bytes\x18\x07 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x08 \x01(\x06\x12\x12\n\nhas_digest\x18\t \x01(\x08\"`\n\x0eTicketComplete\x12\x11\n\tticket_id\x18\x01 \x01(\t\x12&\n\x05\x66irst\x18\x02 \x01(\x0b\x32\x17.pdserve.v1.TokenOutput\x12\x13\n\x0b\x66irst_age_s\x18\x03 \x01(\x01\"A\n\rTicketSettled\x12\x11\n\tticket_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"4\n\x0fTicketAbandoned\x12\x11\n\tticket_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x15\n\x04Ping\x12\r\n\x05\x63ount\x18\x01 \x01(\x04\"\x15\n\x04Pong\x12\r\n\x05\x63ount\x18\x01 \x01(\x04\"\x9b\x04\n\x0e\x43ontrolMessage\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.pdserve.v1.PairHelloH\x00\x12.\n\tchallenge\x18\x02 \x01(\x0b\x32\x19.pdserve.v1.PairChallengeH\x00\x12&\n\x05proof\x18\x03 \x01(\x0b\x32\x15.pdserve.v1.PairProofH\x00\x12&\n\x05ready\x18\x04 \x01(\x0b\x32\x15.pdserve.v1.PairReadyH\x00\x12*\n\x07refused\x18\x05 \x01(\x0b\x32\x17.pdserve.v1.PairRefusedH\x00\x12)\n\tstore_set\x18\x06 \x01(\x0b\x32\x14.pdserve.v1.StoreSetH\x00\x12+\n\x05piece\x18\x07 \x01(\x0b\x32\x1a.pdserve.v1.PieceAnnouncedH\x00\x12.\n\x08\x63omplete\x18\x08 \x01(\x0b\x32\x1a.pdserve.v1.TicketCompleteH\x00\x12,\n\x07settled\x18\t \x01(\x0b\x32\x19.pdserve.v1.TicketSettledH\x00\x12\x30\n\tabandoned\x18\n \x01(\x0b\x32\x1b.pdserve.v1.TicketAbandonedH\x00\x12 \n\x04ping\x18\x0b \x01(\x0b\x32\x10.pdserve.v1.PingH\x00\x12 \n\x04pong\x18\x0c \x01(\x0b\x32\x10.pdserve.v1.PongH\x00\x42\t\n\x07messageb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15protos/transfer.proto\x12\npdserve.v1\x1a\x13protos/worker.proto\"\x8e\x02\n\tPairHello\x12*\n\x06sender\x18\x01 \x01(\x0b\x32\x1a.pdserve.v1.WorkerIdentity\x12,\n\x08receiver\x18\x02 \x01(\x0b\x32\x1a.pdserve.v1.WorkerIdentity\x12\"\n\x06layout\x18\x03 \x01(\x0b\x32\x12.pdserve.v1.Layout\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\x03\x12\r\n\x05nonce\x18\x05 \x01(\x0c\x12\x18\n\x10protocol_version\x18\x06 \x01(\x05\x12\x11\n\ttransport\x18\x07 \x01(\t\x12\x0e\n\x06\x64igest\x18\x08 \x01(\t\x12\x0b\n\x03gpu\x18\t \x01(\t\x12\x19\n\x11transport_is_auto\x18\n \x01(\x08\"O\n\rPairChallenge\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x0b\n\x03mac\x18\x02 \x01(\x0c\x12\"\n\x06layout\x18\x03 \x01(\x0b\x32\x12.pdserve.v1.Layout\"\x18\n\tPairProof\x12\x0b\n\x03mac\x18\x01 \x01(\x0c\"\x1e\n\tPairReady\x12\x11\n\ttransport\x18\x01 \x01(\t\"\x1d\n\x0bPairRefused\x12\x0e\n\x06reason\x18\x01 \x01(\t\"&\n\x08StoreSet\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c\"\x1a\n\x05Probe\x12\x11\n\tnum_bytes\x18\x01 \x01(\x03\"\x0b\n\tProbeSeen\"6\n\x0cPairMeasured\x12\x11\n\tlatency_s\x18\x01 \x01(\x01\x12\x13\n\x0b\x62ytes_per_s\x18\x02 \x01(\x01\"\xc5\x01\n\x0ePieceAnnounced\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\x11\n\tticket_id\x18\x02 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x03 \x01(\x05\x12\x12\n\nnum_layers\x18\x04 \x01(\x05\x12\x13\n\x0b\x66irst_token\x18\x05 \x01(\x05\x12\x12\n\nnum_tokens\x18\x06 \x01(\x05\x12\x11\n\tnum_bytes\x18\x07 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x08 \x01(\x06\x12\x12\n\nhas_digest\x18\t \x01(\x08\"`\n\x0eTicketComplete\x12\x11\n\tticket_id\x18\x01 \x01(\t\x12&\n\x05\x66irst\x18\x02 \x01(\x0b\x32\x17.pdserve.v1.TokenOutput\x12\x13\n\x0b\x66irst_age_s\x18\x03 \x01(\x01\"A\n\rTicketSettled\x12\x11\n\tticket_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"4\n\x0fTicketAbandoned\x12\x11\n\tticket_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x15\n\x04Ping\x12\r\n\x05\x63ount\x18\x01 \x01(\x04\"\x15\n\x04Pong\x12\r\n\x05\x63ount\x18\x01 \x01(\x04\"\x9a\x05\n\x0e\x43ontrolMessage\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.pdserve.v1.PairHelloH\x00\x12.\n\tchallenge\x18\x02 \x01(\x0b\x32\x19.pdserve.v1.PairChallengeH\x00\x12&\n\x05proof\x18\x03 \x01(\x0b\x32\x15.pdserve.v1.PairProofH\x00\x12&\n\x05ready\x18\x04 \x01(\x0b\x32\x15.pdserve.v1.PairReadyH\x00\x12*\n\x07refused\x18\x05 \x01(\x0b\x32\x17.pdserve.v1.PairRefusedH\x00\x12)\n\tstore_set\x18\x06 \x01(\x0b\x32\x14.pdserve.v1.StoreSetH\x00\x12+\n\x05piece\x18\x07 \x01(\x0b\x32\x1a.pdserve.v1.PieceAnnouncedH\x00\x12.\n\x08\x63omplete\x18\x08 \x01(\x0b\x32\x1a.pdserve.v1.TicketCompleteH\x00\x12,\n\x07settled\x18\t \x01(\x0b\x32\x19.pdserve.v1.TicketSettledH\x00\x12\x30\n\tabandoned\x18\n \x01(\x0b\x32\x1b.pdserve.v1.TicketAbandonedH\x00\x12 \n\x04ping\x18\x0b \x01(\x0b\x32\x10.pdserve.v1.PingH\x00\x12 \n\x04pong\x18\x0c \x01(\x0b\x32\x10.pdserve.v1.PongH\x00\x12\"\n\x05probe\x18\r \x01(\x0b\x32\x11.pdserve.v1.ProbeH\x00\x12+\n\nprobe_seen\x18\x0e \x01(\x0b\x32\x15.pdserve.v1.ProbeSeenH\x00\x12,\n\x08measured\x18\x0f \x01(\x0b\x32\x18.pdserve.v1.PairMeasuredH\x00\x42\t\n\x07messageb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,29 +33,35 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.transfer_pb2', _glob
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PAIRHELLO']._serialized_start=59
-  _globals['_PAIRHELLO']._serialized_end=289
-  _globals['_PAIRCHALLENGE']._serialized_start=291
-  _globals['_PAIRCHALLENGE']._serialized_end=370
-  _globals['_PAIRPROOF']._serialized_start=372
-  _globals['_PAIRPROOF']._serialized_end=396
-  _globals['_PAIRREADY']._serialized_start=398
-  _globals['_PAIRREADY']._serialized_end=409
-  _globals['_PAIRREFUSED']._serialized_start=411
-  _globals['_PAIRREFUSED']._serialized_end=440
-  _globals['_STORESET']._serialized_start=442
-  _globals['_STORESET']._serialized_end=480
-  _globals['_PIECEANNOUNCED']._serialized_start=483
-  _globals['_PIECEANNOUNCED']._serialized_end=680
-  _globals['_TICKETCOMPLETE']._serialized_start=682
-  _globals['_TICKETCOMPLETE']._serialized_end=778
-  _globals['_TICKETSETTLED']._serialized_start=780
-  _globals['_TICKETSETTLED']._serialized_end=845
-  _globals['_TICKETABANDONED']._serialized_start=847
-  _globals['_TICKETABANDONED']._serialized_end=899
-  _globals['_PING']._serialized_start=901
-  _globals['_PING']._serialized_end=922
-  _globals['_PONG']._serialized_start=924
-  _globals['_PONG']._serialized_end=945
-  _globals['_CONTROLMESSAGE']._serialized_start=948
-  _globals['_CONTROLMESSAGE']._serialized_end=1487
+  _globals['_PAIRHELLO']._serialized_end=329
+  _globals['_PAIRCHALLENGE']._serialized_start=331
+  _globals['_PAIRCHALLENGE']._serialized_end=410
+  _globals['_PAIRPROOF']._serialized_start=412
+  _globals['_PAIRPROOF']._serialized_end=436
+  _globals['_PAIRREADY']._serialized_start=438
+  _globals['_PAIRREADY']._serialized_end=468
+  _globals['_PAIRREFUSED']._serialized_start=470
+  _globals['_PAIRREFUSED']._serialized_end=499
+  _globals['_STORESET']._serialized_start=501
+  _globals['_STORESET']._serialized_end=539
+  _globals['_PROBE']._serialized_start=541
+  _globals['_PROBE']._serialized_end=567
+  _globals['_PROBESEEN']._serialized_start=569
+  _globals['_PROBESEEN']._serialized_end=580
+  _globals['_PAIRMEASURED']._serialized_start=582
+  _globals['_PAIRMEASURED']._serialized_end=636
+  _globals['_PIECEANNOUNCED']._serialized_start=639
+  _globals['_PIECEANNOUNCED']._serialized_end=836
+  _globals['_TICKETCOMPLETE']._serialized_start=838
+  _globals['_TICKETCOMPLETE']._serialized_end=934
+  _globals['_TICKETSETTLED']._serialized_start=936
+  _globals['_TICKETSETTLED']._serialized_end=1001
+  _globals['_TICKETABANDONED']._serialized_start=1003
+  _globals['_TICKETABANDONED']._serialized_end=1055
+  _globals['_PING']._serialized_start=1057
+  _globals['_PING']._serialized_end=1078
+  _globals['_PONG']._serialized_start=1080
+  _globals['_PONG']._serialized_end=1101
+  _globals['_CONTROLMESSAGE']._serialized_start=1104
+  _globals['_CONTROLMESSAGE']._serialized_end=1770
 # @@protoc_insertion_point(module_scope)

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PairHello(_message.Message):
-    __slots__ = ("sender", "receiver", "layout", "attempt", "nonce", "protocol_version", "transport", "digest")
+    __slots__ = ("sender", "receiver", "layout", "attempt", "nonce", "protocol_version", "transport", "digest", "gpu", "transport_is_auto")
     SENDER_FIELD_NUMBER: _ClassVar[int]
     RECEIVER_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
@@ -16,6 +16,8 @@ class PairHello(_message.Message):
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
+    GPU_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_IS_AUTO_FIELD_NUMBER: _ClassVar[int]
     sender: _worker_pb2.WorkerIdentity
     receiver: _worker_pb2.WorkerIdentity
     layout: _worker_pb2.Layout
@@ -24,7 +26,9 @@ class PairHello(_message.Message):
     protocol_version: int
     transport: str
     digest: str
-    def __init__(self, sender: _Optional[_Union[_worker_pb2.WorkerIdentity, _Mapping]] = ..., receiver: _Optional[_Union[_worker_pb2.WorkerIdentity, _Mapping]] = ..., layout: _Optional[_Union[_worker_pb2.Layout, _Mapping]] = ..., attempt: _Optional[int] = ..., nonce: _Optional[bytes] = ..., protocol_version: _Optional[int] = ..., transport: _Optional[str] = ..., digest: _Optional[str] = ...) -> None: ...
+    gpu: str
+    transport_is_auto: bool
+    def __init__(self, sender: _Optional[_Union[_worker_pb2.WorkerIdentity, _Mapping]] = ..., receiver: _Optional[_Union[_worker_pb2.WorkerIdentity, _Mapping]] = ..., layout: _Optional[_Union[_worker_pb2.Layout, _Mapping]] = ..., attempt: _Optional[int] = ..., nonce: _Optional[bytes] = ..., protocol_version: _Optional[int] = ..., transport: _Optional[str] = ..., digest: _Optional[str] = ..., gpu: _Optional[str] = ..., transport_is_auto: _Optional[bool] = ...) -> None: ...
 
 class PairChallenge(_message.Message):
     __slots__ = ("nonce", "mac", "layout")
@@ -43,8 +47,10 @@ class PairProof(_message.Message):
     def __init__(self, mac: _Optional[bytes] = ...) -> None: ...
 
 class PairReady(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("transport",)
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    transport: str
+    def __init__(self, transport: _Optional[str] = ...) -> None: ...
 
 class PairRefused(_message.Message):
     __slots__ = ("reason",)
@@ -59,6 +65,24 @@ class StoreSet(_message.Message):
     key: str
     value: bytes
     def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+
+class Probe(_message.Message):
+    __slots__ = ("num_bytes",)
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    num_bytes: int
+    def __init__(self, num_bytes: _Optional[int] = ...) -> None: ...
+
+class ProbeSeen(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class PairMeasured(_message.Message):
+    __slots__ = ("latency_s", "bytes_per_s")
+    LATENCY_S_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    latency_s: float
+    bytes_per_s: float
+    def __init__(self, latency_s: _Optional[float] = ..., bytes_per_s: _Optional[float] = ...) -> None: ...
 
 class PieceAnnounced(_message.Message):
     __slots__ = ("sequence_number", "ticket_id", "first_layer", "num_layers", "first_token", "num_tokens", "num_bytes", "digest", "has_digest")
@@ -123,7 +147,7 @@ class Pong(_message.Message):
     def __init__(self, count: _Optional[int] = ...) -> None: ...
 
 class ControlMessage(_message.Message):
-    __slots__ = ("hello", "challenge", "proof", "ready", "refused", "store_set", "piece", "complete", "settled", "abandoned", "ping", "pong")
+    __slots__ = ("hello", "challenge", "proof", "ready", "refused", "store_set", "piece", "complete", "settled", "abandoned", "ping", "pong", "probe", "probe_seen", "measured")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     CHALLENGE_FIELD_NUMBER: _ClassVar[int]
     PROOF_FIELD_NUMBER: _ClassVar[int]
@@ -136,6 +160,9 @@ class ControlMessage(_message.Message):
     ABANDONED_FIELD_NUMBER: _ClassVar[int]
     PING_FIELD_NUMBER: _ClassVar[int]
     PONG_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
+    PROBE_SEEN_FIELD_NUMBER: _ClassVar[int]
+    MEASURED_FIELD_NUMBER: _ClassVar[int]
     hello: PairHello
     challenge: PairChallenge
     proof: PairProof
@@ -148,4 +175,7 @@ class ControlMessage(_message.Message):
     abandoned: TicketAbandoned
     ping: Ping
     pong: Pong
-    def __init__(self, hello: _Optional[_Union[PairHello, _Mapping]] = ..., challenge: _Optional[_Union[PairChallenge, _Mapping]] = ..., proof: _Optional[_Union[PairProof, _Mapping]] = ..., ready: _Optional[_Union[PairReady, _Mapping]] = ..., refused: _Optional[_Union[PairRefused, _Mapping]] = ..., store_set: _Optional[_Union[StoreSet, _Mapping]] = ..., piece: _Optional[_Union[PieceAnnounced, _Mapping]] = ..., complete: _Optional[_Union[TicketComplete, _Mapping]] = ..., settled: _Optional[_Union[TicketSettled, _Mapping]] = ..., abandoned: _Optional[_Union[TicketAbandoned, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ...) -> None: ...
+    probe: Probe
+    probe_seen: ProbeSeen
+    measured: PairMeasured
+    def __init__(self, hello: _Optional[_Union[PairHello, _Mapping]] = ..., challenge: _Optional[_Union[PairChallenge, _Mapping]] = ..., proof: _Optional[_Union[PairProof, _Mapping]] = ..., ready: _Optional[_Union[PairReady, _Mapping]] = ..., refused: _Optional[_Union[PairRefused, _Mapping]] = ..., store_set: _Optional[_Union[StoreSet, _Mapping]] = ..., piece: _Optional[_Union[PieceAnnounced, _Mapping]] = ..., complete: _Optional[_Union[TicketComplete, _Mapping]] = ..., settled: _Optional[_Union[TicketSettled, _Mapping]] = ..., abandoned: _Optional[_Union[TicketAbandoned, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., probe_seen: _Optional[_Union[ProbeSeen, _Mapping]] = ..., measured: _Optional[_Union[PairMeasured, _Mapping]] = ...) -> None: ...

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,16 +39,24 @@ class Memory:
         self.scatter_gate.set()
         self.num_gathers = 0
 
-    def gather(self, first_layer: int, num_layers: int, slot_ids: Sequence[int], out: torch.Tensor) -> None:
+    @property
+    def device(self) -> torch.device:
+        return self.kv.device
+
+    def gather(self, first_layer: int, num_layers: int, slot_ids: np.ndarray, heads: range, out: torch.Tensor) -> None:
         self.num_gathers += 1
         self.gathering.set()
         assert self.gather_gate.wait(BOUND_S)
-        out.copy_(self.kv[first_layer : first_layer + num_layers][:, :, torch.tensor(slot_ids)])
+        layers = self.kv[first_layer : first_layer + num_layers, :, :, heads.start : heads.stop]
+        out.copy_(layers[:, :, torch.from_numpy(slot_ids)])
 
-    def scatter(self, first_layer: int, num_layers: int, slot_ids: Sequence[int], data: torch.Tensor) -> None:
+    def scatter(
+        self, first_layer: int, num_layers: int, slot_ids: np.ndarray, heads: range, data: torch.Tensor
+    ) -> None:
         self.scattering.set()
         assert self.scatter_gate.wait(BOUND_S)
-        self.kv[first_layer : first_layer + num_layers, :, torch.tensor(slot_ids)] = data
+        layers = self.kv[first_layer : first_layer + num_layers, :, :, heads.start : heads.stop]
+        layers[:, :, torch.from_numpy(slot_ids)] = data
 
 
 @dataclass
@@ -107,11 +116,10 @@ def offer(
     return Delivery(grant, receiver.grant(grant), told)
 
 
-def slots(block_ids: Sequence[int], first_token: int, num_tokens: int, block_size: int = 8) -> list[int]:
+def slots(block_ids: Sequence[int], first_token: int, num_tokens: int, block_size: int = 8) -> np.ndarray:
     """Slots of tokens [first_token, num_tokens) of a sequence whose first token lies in block_ids[0]."""
-    return [
-        block_ids[token // block_size] * block_size + token % block_size for token in range(first_token, num_tokens)
-    ]
+    tokens = np.arange(first_token, num_tokens)
+    return np.asarray(block_ids, dtype=np.int64)[tokens // block_size] * block_size + tokens % block_size
 
 
 def first_token_of(delivery: Delivery) -> TokenOutput:

@@ -63,7 +63,7 @@ def assert_still_sends(sender: TransferNode, child: Child, memory: Memory) -> No
         pass
     assert event == {"event": "ready", "id": ticket.ticket_id, "num_bytes": 24 * 3 * 64}
     expected = memory.kv[:, :, slots([0, 1, 2], 0, 24)].double().sum().item()
-    assert child.ask(sum=slots([4, 5, 6], 0, 24))["sum"] == pytest.approx(expected)
+    assert child.ask(sum=slots([4, 5, 6], 0, 24).tolist())["sum"] == pytest.approx(expected)
     sender.check_integrity(idle=True)
 
 

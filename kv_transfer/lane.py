@@ -1,0 +1,93 @@
+"""Where one end of a pair does its copies: on a GPU a stream of its own, on a CPU the pair's thread.
+
+What is enqueued on a lane is done in order. `follow` lets it wait for work of others (a layer being
+computed), `mark` tells when it is done. On a CPU everything is done when it returns, and both are nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+
+
+class Mark(Protocol):
+    """A point on a lane."""
+
+    def wait(self) -> None:
+        """Return when everything before this point is done."""
+
+
+class Lane(Protocol):
+    """The order in which one end of a pair copies."""
+
+    def active(self) -> AbstractContextManager[Any]:
+        """Within it, what the calling thread enqueues goes onto this lane."""
+
+    def follow(self, event: Any) -> None:
+        """Let what comes next wait for an event of the engine's; None: for nothing."""
+
+    def mark(self) -> Mark:
+        """The end of what has been enqueued so far."""
+
+
+class _Done:
+    """A point that has been passed."""
+
+    def wait(self) -> None:
+        """Return at once."""
+
+
+class CpuLane:
+    """The calling thread."""
+
+    def active(self) -> AbstractContextManager[Any]:
+        """Nothing changes but that no gradients are kept."""
+        return contextlib.nullcontext()
+
+    def follow(self, event: Any) -> None:
+        """Work on a CPU is done when it is pushed."""
+
+    def mark(self) -> Mark:
+        """It is done."""
+        return _Done()
+
+
+class _CudaMark:
+    """An event that puts the waiting thread to sleep."""
+
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self._event = event
+
+    def wait(self) -> None:
+        """Sleep until the GPU has come here; a pair's control thread bounds it (see `watch`)."""
+        self._event.synchronize()
+
+
+class CudaLane:
+    """A stream whose small copies go before the engine's waiting work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device, priority=-1)
+
+    def active(self) -> AbstractContextManager[Any]:
+        """Make the lane's stream the thread's current one."""
+        return torch.cuda.stream(self._stream)
+
+    def follow(self, event: Any) -> None:
+        """Wait for the event on the GPU, not here."""
+        if event is not None:
+            self._stream.wait_event(event)
+
+    def mark(self) -> Mark:
+        """An event on the lane's stream."""
+        event = torch.cuda.Event(blocking=True)
+        event.record(self._stream)
+        return _CudaMark(event)
+
+
+def make_lane(device: torch.device) -> Lane:
+    """A lane beside an engine on that device."""
+    return CudaLane(device) if device.type == "cuda" else CpuLane()

@@ -1,0 +1,125 @@
+"""NCCL as a data channel: a two-rank process group for each pair, over NVLink, PCIe or the network's RDMA.
+
+Sends and receives run on a stream of the group's own, so that no pair waits behind another's; `Transfer.wait`
+makes the caller's lane wait, not the caller. Nothing of torch's own supervision is used, for it ends the
+process when a peer dies: a pair's control thread bounds every wait and calls `abort`. NCCL's `destroy`
+blocks for ever when the peer is gone, so a group always ends by abort, on a thread of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kv_transfer.errors import TransportError
+from kv_transfer.rendezvous import PairStore
+from kv_transfer.transport import ChannelOptions, Transfer
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import ProcessGroupNCCL, Work
+
+_log = logging.getLogger(__name__)
+
+ABORT_S = 10.0
+"""Bound of the wait for an abort; it takes about 0.5 s."""
+NO_TIMEOUT = timedelta(days=365)
+"""torch's watchdog would only log, and write dumps; the pairs watch themselves."""
+
+
+def prepare_process(connect_timeout_s: float) -> None:
+    """Set what torch reads from the environment when it makes a group; what the user has set stays."""
+    for name, value in (
+        ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0"),
+        ("TORCH_NCCL_ENABLE_MONITORING", "0"),
+        ("TORCH_NCCL_DUMP_ON_TIMEOUT", "0"),
+        ("TORCH_NCCL_NONBLOCKING_TIMEOUT", str(max(1, round(connect_timeout_s)))),
+    ):
+        os.environ.setdefault(name, value)
+
+
+class _NcclTransfer:
+    """A send or receive; keeps its tensor alive."""
+
+    def __init__(self, work: Work, tensor: torch.Tensor) -> None:
+        self._work = work
+        self._tensor = tensor
+
+    def wait(self) -> None:
+        """Let the current lane wait."""
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            raise TransportError(f"nccl: {_first_line(error)}") from error
+
+
+class NcclTransport:
+    """One end of a pair's process group."""
+
+    def __init__(self, options: ChannelOptions, store: PairStore) -> None:
+        from torch._C._distributed_c10d import ProcessGroupNCCL
+
+        prepare_process(options.connect_timeout_s)
+        self._peer = 1 - options.side
+        self._store = store
+        self._abort_lock = threading.Lock()
+        self._aborting: threading.Thread | None = None
+        settings = ProcessGroupNCCL.Options()
+        settings.is_high_priority_stream = True
+        settings._timeout = NO_TIMEOUT
+        settings.config.blocking = 0
+        settings.config.min_ctas = 1
+        settings.config.max_ctas = options.max_ctas
+        torch.cuda.set_device(options.device)
+        self._group: ProcessGroupNCCL | None = None
+        try:
+            self._group = ProcessGroupNCCL(store, options.side, 2, settings)
+            self._group.eager_connect_single_device(options.device)
+        except RuntimeError as error:
+            self.close()
+            raise TransportError(f"nccl could not connect: {_first_line(error)}") from error
+
+    def send(self, data: torch.Tensor) -> Transfer:
+        """Start sending."""
+        return self._begin("send", data)
+
+    def recv(self, into: torch.Tensor) -> Transfer:
+        """Start receiving."""
+        return self._begin("recv", into)
+
+    def abort(self) -> None:
+        """End what is under way, on a thread of its own; returns at once."""
+        with self._abort_lock:
+            if self._aborting is None and self._group is not None:
+                self._aborting = threading.Thread(target=self._abort, args=(self._group,), name="kv-abort", daemon=True)
+                self._aborting.start()
+
+    def close(self) -> None:
+        """Abort the group and give it back; NCCL needs about half a second for that, the peer is not waited for."""
+        self.abort()
+        if self._aborting is not None:
+            self._aborting.join(ABORT_S)
+            if self._aborting.is_alive():
+                _log.error("NCCL did not abort a pair within %g s: its memory is lost", ABORT_S)
+        self._group = None
+
+    @staticmethod
+    def _abort(group: Any) -> None:
+        group.abort()
+
+    def _begin(self, verb: str, tensor: torch.Tensor) -> Transfer:
+        if self._group is None or self._aborting is not None:
+            raise TransportError("the data channel is closed")
+        try:
+            return _NcclTransfer(getattr(self._group, verb)([tensor], self._peer, 0), tensor)
+        except RuntimeError as error:
+            raise TransportError(f"nccl: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
