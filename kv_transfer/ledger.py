@@ -26,6 +26,8 @@ from protos.transfer_pb2 import PieceAnnounced
 from protos.worker_pb2 import TokenOutput
 
 _MAX_REMEMBERED = 4096
+GRANT_WAIT_S = 2.0
+"""How long a rank other than 0 waits for the word that a ticket was granted, when KV comes before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,7 @@ class TicketLedger:
         self._janitor = janitor
         self._lease_s = lease_s
         self._lock = threading.Lock()
+        self._granted = threading.Condition(self._lock)
         self._open: dict[str, _Ticket] = {}
         self._blocks: set[int] = set()
         self._ended: OrderedDict[str, tuple[TicketState, str]] = OrderedDict()
@@ -107,6 +110,7 @@ class TicketLedger:
             self._blocks.update(grant.block_ids)
             missing = self._num_places(grant)
             self._open[grant.ticket_id] = _Ticket(grant, time.monotonic() + self._lease_s, missing)
+            self._granted.notify_all()
             self._set_alarm()
 
     def renew(self, owner: str) -> None:
@@ -195,7 +199,9 @@ class TicketLedger:
                 return
             self._close(ticket, TicketState.DELIVERED, "")
         tail_s = max(0.0, ticket.last_home - ticket.computed_at) if ticket.first is not None else 0.0
-        received = ReceivedKV(ticket_id, ticket.first, ticket.busy_s, ticket.num_bytes, tail_s)
+        received = ReceivedKV(
+            ticket_id, ticket.first, ticket.busy_s, ticket.num_bytes, tail_s, ticket.computed_at, ticket.last_home
+        )
         run_safely(partial(ticket.grant.on_ready, received), "on_ready")
 
     # -- invariants
@@ -243,6 +249,8 @@ class TicketLedger:
 
     def _held(self, holder: Holder, ticket_id: str) -> _Ticket | None:
         """The open ticket, now held by that pair; else None, and its sender is told the verdict."""
+        if self._layout.tp_rank > 0:  # rank 0 grants, and its word may still be on the way
+            self._granted.wait_for(lambda: ticket_id in self._open or ticket_id in self._ended, GRANT_WAIT_S)
         ticket = self._open.get(ticket_id)
         if ticket is None:
             state, reason = self._ended.get(ticket_id, (TicketState.ABORTED, "no such ticket"))

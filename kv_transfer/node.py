@@ -72,6 +72,7 @@ class TransferNode:
             janitor=self._janitor,
             counters=Counters(),
         )
+        self.identity = identity
         self._peers = PeerTable(self._context)
         self._lock = threading.Lock()
         self._outgoing: dict[PairKey, SenderPair] = {}
@@ -79,6 +80,11 @@ class TransferNode:
         self._attempts = itertools.count(1)
         self._address = ""
         self._stopped = False
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """host:port of the control listener, as a ticket names it."""
+        return (self._address,)
 
     def start(self) -> str:
         """Bind the control listener to a free port; returns host:port, or raises TransferError."""
