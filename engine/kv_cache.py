@@ -140,7 +140,7 @@ class KVCache:
             raise IntegrityError(
                 f"expected {self.data.dtype} values of shape {expected}, got {data.dtype} of {tuple(data.shape)}"
             )
-        index = upload(slot_ids, torch.int64, self.device)
+        index = upload(np.ascontiguousarray(slot_ids), torch.int64, self.device)
         return self.data[first_layer : first_layer + num_layers, :, heads.start : heads.stop], index
 
 
