@@ -29,7 +29,7 @@ class TransferConfig:
     found, one wrong piece may not be; auto: all on a CPU, sampled on a GPU."""
     digest_share: float = 1 / 16
     """Share of the pieces that carry a digest when they are sampled."""
-    max_ctas: int = 4
+    max_ctas: int = 8
     """Blocks of threads that NCCL may use for one pair: more move faster and take more from what the GPU computes."""
     max_pairs: int = 64
     """Outgoing pairs that are kept; beyond it the one that idled longest is closed."""

@@ -34,9 +34,28 @@ GRANT_WAIT_S = 2.0
 class SlotWrite:
     """Where a piece goes."""
 
-    slot_ids: np.ndarray  # [num_tokens] int64
-    after: Any
-    """The event that the write must come after; None: it may come now."""
+    grant: TicketGrant
+    first_token: int
+    num_tokens: int
+    block_size: int
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """Writes with equal keys go to the same slots."""
+        return (self.grant.ticket_id, self.first_token, self.num_tokens)
+
+    @property
+    def after(self) -> Any:
+        """The event that the write must come after; None: it may come now."""
+        return self.grant.after
+
+    @property
+    def slot_ids(self) -> np.ndarray:
+        """int64 [num_tokens]."""
+        places = self.first_token - self.grant.first_token + np.arange(self.num_tokens)
+        blocks = np.asarray(self.grant.block_ids, dtype=np.int64)
+        slot_ids: np.ndarray = blocks[places // self.block_size] * self.block_size
+        return slot_ids + places % self.block_size
 
 
 class Holder(Protocol):
@@ -164,7 +183,7 @@ class TicketLedger:
             for layer in range(piece.first_layer, piece.first_layer + piece.num_layers):
                 ticket.home[layer, first_head] = ticket.home.get((layer, first_head), 0) | mask
             ticket.num_writing += 1
-            return SlotWrite(self._slots(ticket.grant, piece.first_token, piece.num_tokens), ticket.grant.after)
+            return SlotWrite(ticket.grant, piece.first_token, piece.num_tokens, self._layout.block_size)
 
     def end_write(self, piece: PieceAnnounced, num_heads: int, busy_s: float, failure: str | None = None) -> None:
         """The write of a piece is over; `failure` says why it did not succeed."""
@@ -306,12 +325,6 @@ class TicketLedger:
     @staticmethod
     def _mask(ticket: _Ticket, piece: PieceAnnounced) -> int:
         return ((1 << piece.num_tokens) - 1) << (piece.first_token - ticket.grant.first_token)
-
-    def _slots(self, grant: TicketGrant, first_token: int, num_tokens: int) -> np.ndarray:
-        places = np.arange(first_token - grant.first_token, first_token - grant.first_token + num_tokens)
-        blocks = np.asarray(grant.block_ids, dtype=np.int64)
-        slot_ids: np.ndarray = blocks[places // self._layout.block_size] * self._layout.block_size
-        return slot_ids + places % self._layout.block_size
 
     def _end(self, ticket: _Ticket, state: TicketState, reason: str) -> None:
         if ticket.num_writing:

@@ -160,17 +160,18 @@ class TransferNode:
                 raise PairError(f"worker {context.identity} has stopped: nothing can be sent")
             pair = self._outgoing.get(_key(receiver))
             if pair is None or not pair.adopt(job):
-                self._new_pair(receiver).adopt(job)
+                self._new_pair(receiver, job)
         return job
 
-    def _new_pair(self, receiver: Receiver) -> SenderPair:
-        """Make a pair; the lock is held."""
+    def _new_pair(self, receiver: Receiver, job: SendJob | None = None) -> None:
+        """Make a pair, with its first job if there is one; the lock is held."""
         self._retire_one()
         pair = SenderPair(self._context, receiver, next(self._attempts), on_closed=self._forget)
         self._outgoing[_key(receiver)] = pair
         self._alive.add(pair)
+        if job is not None:
+            pair.adopt(job)
         pair.start()
-        return pair
 
     def _retire_one(self) -> None:
         """Under the cap of pairs: close the one that idled longest, if any idles."""

@@ -188,6 +188,7 @@ class SenderPair:
         self._listener.start()
         self._transport_name = agreed.transport
         equipment = self._context.equip(Side.SENDER, agreed.transport)
+        equipment.lane.enter()
         transport = open_transport(agreed.transport, equipment.channel, self._store)
         with self._changed:
             self._transport = transport
@@ -242,8 +243,8 @@ class SenderPair:
         job.made_room()
 
     def _reap(self, outgoing: Outgoing) -> None:
-        """Wait for the oldest thing in flight."""
-        if (finished := outgoing.reap()) is not None:
+        """Wait for the older half of what is in flight."""
+        for finished in outgoing.reap():
             self._await_verdict(finished)
 
     def _await_verdict(self, job: SendJob) -> None:

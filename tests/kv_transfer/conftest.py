@@ -43,20 +43,23 @@ class Memory:
     def device(self) -> torch.device:
         return self.kv.device
 
-    def gather(self, first_layer: int, num_layers: int, slot_ids: np.ndarray, heads: range, out: torch.Tensor) -> None:
+    def locate(self, slot_ids: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(slot_ids)
+
+    def gather(self, first_layer: int, num_layers: int, places: torch.Tensor, heads: range, out: torch.Tensor) -> None:
         self.num_gathers += 1
         self.gathering.set()
         assert self.gather_gate.wait(BOUND_S)
         layers = self.kv[first_layer : first_layer + num_layers, :, :, heads.start : heads.stop]
-        out.copy_(layers[:, :, torch.from_numpy(slot_ids)])
+        out.copy_(layers[:, :, places])
 
     def scatter(
-        self, first_layer: int, num_layers: int, slot_ids: np.ndarray, heads: range, data: torch.Tensor
+        self, first_layer: int, num_layers: int, places: torch.Tensor, heads: range, data: torch.Tensor
     ) -> None:
         self.scattering.set()
         assert self.scatter_gate.wait(BOUND_S)
         layers = self.kv[first_layer : first_layer + num_layers, :, :, heads.start : heads.stop]
-        layers[:, :, torch.from_numpy(slot_ids)] = data
+        layers[:, :, places] = data
 
 
 @dataclass
