@@ -44,7 +44,7 @@ class CpuLane:
     """The calling thread."""
 
     def active(self) -> AbstractContextManager[Any]:
-        """Nothing changes but that no gradients are kept."""
+        """Nothing changes."""
         return contextlib.nullcontext()
 
     def follow(self, event: Any) -> None:

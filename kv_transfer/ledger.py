@@ -242,13 +242,11 @@ class TicketLedger:
     # -- below, the lock is held
 
     def _held(self, holder: Holder, ticket_id: str) -> _Ticket | None:
-        """The open ticket, now held by that pair; else None, and its sender is told the verdict."""
+        """The open ticket, now held by that pair; None if it has ended or is ending, and its sender is told the verdict."""
         ticket = self._open.get(ticket_id)
         if ticket is None:
             state, reason = self._ended.get(ticket_id, (TicketState.ABORTED, "no such ticket"))
             holder.tell_settled(ticket_id, state, reason)
-            return None
-        if ticket.doom is not None:
             return None
         if holder not in ticket.holders:
             taken = {head for other in ticket.holders for head in other.heads}
@@ -256,7 +254,7 @@ class TicketLedger:
                 holder.tell_settled(ticket_id, TicketState.ABORTED, "another pair brings this ticket's KV")
                 return None
             ticket.holders.append(holder)
-        return ticket
+        return ticket if ticket.doom is None else None
 
     def _incomplete(self, ticket: _Ticket, holder: Holder, first: TokenOutput | None) -> str | None:
         """Why a holder cannot have sent all of its part."""

@@ -13,10 +13,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton; see tests/engine/kernels
 
-from tests.engine.checkpoints import CheckpointFamily, make_checkpoint
-
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of a few layers with a real tokenizer and chat template."""
+    from tests.engine.checkpoints import (
+        CheckpointFamily,
+        make_checkpoint,
+    )  # not needed, nor installed, on every machine
+
     return make_checkpoint(tmp_path_factory.mktemp("tiny-llama"), CheckpointFamily.LLAMA, tied=True)
