@@ -242,7 +242,7 @@ class TicketLedger:
     # -- below, the lock is held
 
     def _held(self, holder: Holder, ticket_id: str) -> _Ticket | None:
-        """The open ticket, now held by that pair; None if it has ended or is ending, and its sender is told the verdict."""
+        """The open ticket, now held by that pair; None if it ends or has ended, and its sender is told the verdict."""
         ticket = self._open.get(ticket_id)
         if ticket is None:
             state, reason = self._ended.get(ticket_id, (TicketState.ABORTED, "no such ticket"))

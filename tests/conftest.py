@@ -17,9 +17,7 @@ if not torch.cuda.is_available():
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of a few layers with a real tokenizer and chat template."""
-    from tests.engine.checkpoints import (
-        CheckpointFamily,
-        make_checkpoint,
-    )  # not needed, nor installed, on every machine
+    # transformers is not installed on every machine that runs some of the tests
+    from tests.engine.checkpoints import CheckpointFamily, make_checkpoint
 
     return make_checkpoint(tmp_path_factory.mktemp("tiny-llama"), CheckpointFamily.LLAMA, tied=True)
