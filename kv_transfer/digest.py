@@ -39,10 +39,10 @@ class Digester:
 
     def begin(self, data: torch.Tensor) -> Value:
         """Begin to compute the digest of a flat uint8 tensor, on the current lane."""
-        if not self._on_gpu:
-            import xxhash
+        if self._on_gpu:
+            from kv_transfer.checksum import begin_checksum
 
-            return lambda: xxhash.xxh3_64_intdigest(data.numpy().data)
-        from kv_transfer.checksum import begin_checksum
+            return begin_checksum(data)
+        from xxhash import xxh3_64_intdigest
 
-        return begin_checksum(data)
+        return lambda: xxh3_64_intdigest(data.numpy().data)

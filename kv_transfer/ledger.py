@@ -267,7 +267,7 @@ class TicketLedger:
     # -- below, the lock is held
 
     def _held(self, holder: Holder, ticket_id: str) -> _Ticket | None:
-        """The open ticket, now held by that pair; else None, and its sender is told the verdict."""
+        """The open ticket, now held by that pair; None if it ends or has ended, and its sender is told the verdict."""
         if self._layout.tp_rank > 0:  # rank 0 grants, and its word may still be on the way
             self._granted.wait_for(lambda: ticket_id in self._open or ticket_id in self._ended, GRANT_WAIT_S)
         ticket = self._open.get(ticket_id)
@@ -275,15 +275,13 @@ class TicketLedger:
             state, reason = self._ended.get(ticket_id, (TicketState.ABORTED, "no such ticket"))
             holder.tell_settled(ticket_id, state, reason)
             return None
-        if ticket.doom is not None:
-            return None
         if holder not in ticket.holders:
             taken = {head for other in ticket.holders for head in other.heads}
             if not taken.isdisjoint(holder.heads):
                 holder.tell_settled(ticket_id, TicketState.ABORTED, "another pair brings this ticket's KV")
                 return None
             ticket.holders.append(holder)
-        return ticket
+        return ticket if ticket.doom is None else None
 
     def _incomplete(self, ticket: _Ticket, holder: Holder, first: TokenOutput | None) -> str | None:
         """Why a holder cannot have sent all of its part."""

@@ -165,7 +165,7 @@ class TransferNode:
 
     def _new_pair(self, receiver: Receiver, job: SendJob | None = None) -> None:
         """Make a pair, with its first job if there is one; the lock is held."""
-        self._retire_one()
+        self._make_room()
         pair = SenderPair(self._context, receiver, next(self._attempts), on_closed=self._forget)
         self._outgoing[_key(receiver)] = pair
         self._alive.add(pair)
@@ -173,13 +173,13 @@ class TransferNode:
             pair.adopt(job)
         pair.start()
 
-    def _retire_one(self) -> None:
-        """Under the cap of pairs: close the one that idled longest, if any idles."""
-        if len(self._outgoing) >= self._context.config.max_pairs:
-            for pair in sorted(self._outgoing.values(), key=lambda pair: pair.idle_since):
-                if pair.retire():
-                    del self._outgoing[_key(pair.receiver)]
-                    return
+    def _make_room(self) -> None:
+        """Keep one more pair within the cap: close those that idled longest, as far as any idle."""
+        num_over = len(self._outgoing) + 1 - self._context.config.max_pairs
+        for pair in sorted(self._outgoing.values(), key=lambda pair: pair.idle_since):
+            if num_over > 0 and pair.retire():
+                del self._outgoing[_key(pair.receiver)]
+                num_over -= 1
 
     def _forget(self, pair: SenderPair) -> None:
         with self._lock:

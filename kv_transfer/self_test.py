@@ -45,9 +45,15 @@ class SelfTest:
         self._say = say
         self._timeout_s = timeout_s
         self._answers = threading.Semaphore(0)
+        self._ended: str | None = None
 
     def seen(self) -> None:
         """The receiver has a probe."""
+        self._answers.release()
+
+    def end(self, reason: str) -> None:
+        """Nothing will be seen any more; from any thread."""
+        self._ended = reason
         self._answers.release()
 
     def run(self, transport: Transport, equipment: Equipment, large_bytes: int) -> Measured:
@@ -61,8 +67,7 @@ class SelfTest:
                 began = time.monotonic()
                 self._say(ControlMessage(probe=Probe(num_bytes=size)))
                 transfer = transport.send(buffer[:size])
-                if not self._answers.acquire(timeout=self._timeout_s):
-                    raise PeerLostError(f"a probe of {size} bytes had not come after {self._timeout_s:g} s")
+                self._await_answer(size)
                 times[size].append(time.monotonic() - began)
                 transfer.wait()
                 equipment.lane.mark().wait()
@@ -72,6 +77,12 @@ class SelfTest:
         measured = Measured(latency_s, rate)
         self._say(ControlMessage(measured=measured.to_proto()))
         return measured
+
+    def _await_answer(self, size: int) -> None:
+        if not self._answers.acquire(timeout=self._timeout_s):
+            raise PeerLostError(f"a probe of {size} bytes had not come after {self._timeout_s:g} s")
+        if self._ended is not None:
+            raise PeerLostError(f"a probe of {size} bytes did not come: {self._ended}")
 
 
 def judge(measured: Measured, transport: str, config: TransferConfig, peer: str) -> bool:

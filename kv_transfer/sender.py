@@ -348,6 +348,7 @@ class SenderPair:
 
     def _hang_up(self, reason: str) -> None:
         self._store.close(reason)
+        self._test.end(reason)
         if self._transport is not None:
             self._transport.abort()
         if self._control is not None:

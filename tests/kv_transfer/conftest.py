@@ -7,6 +7,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from kv_transfer.layout import KVLayout
 from kv_transfer.node import TransferNode
 from kv_transfer.ticket import KVTicket, ReceivedKV, SendResult, TicketGrant, TicketState
 from protos.worker_pb2 import TokenOutput
+
+collect_ignore = [] if find_spec("hypothesis") else ["test_jobs.py", "test_layout.py"]
 
 LAYOUT = KVLayout("tiny", num_layers=3, block_size=8, num_kv_heads=2, head_dim=4, dtype="float32")
 SECRET = b"a cluster secret"
