@@ -79,8 +79,8 @@ def demo_path() -> Path:
 def resolve(path: str, load_format: LoadFormat = "auto") -> ModelSource:
     """The model that `path` names: `demo`, a .gguf file, or a Hugging Face directory.
 
-    For dummy weights a directory needs no more than its config.json (see `has_tokenizer`). Raises ModelNotFoundError where
-    there is nothing of the kind.
+    For dummy weights a directory needs no more than its config.json (see `has_tokenizer`).
+    Raises ModelNotFoundError where there is nothing of the kind.
     """
     if path == DEMO_NAME:
         file = demo_path()
