@@ -74,7 +74,6 @@ class Bench:
         self.budget = budget
         self.slo = slo_of(arguments)
         self.alone: dict[int, IdleFigures] = {}
-        self.loaded: list[LoadFigures] = []
         self.failed = False
         self._start_s = START_S
 
@@ -203,7 +202,7 @@ class Bench:
             self.document.row(PHASE_COLUMNS, phase_row(figures))
         if skipped:
             self.note(f"skipped, {self.budget.left():.0f} s being left: {'; '.join(skipped)}")
-        self.loaded += runs
+        self._compare(runs)
 
     def _warm_up(self, cluster: Cluster, clients: Clients, cases: Sequence[LoadCase]) -> None:
         """Let everything compile itself that does so at first use: short, and not counted."""
@@ -243,15 +242,14 @@ class Bench:
 
     def _needed(self) -> float:
         """Seconds of a run, if the cluster keeps up."""
-        seconds: float = self.arguments.seconds
-        return seconds + max(3.0, 0.02 * self.arguments.output_len)
+        return float(self.arguments.seconds + max(3.0, 0.02 * self.arguments.output_len))
 
-    def compare(self) -> None:
+    def _compare(self, runs: Sequence[LoadFigures]) -> None:
         """Beside vLLM's figures, where the workload is the same."""
         ceilings = ceilings_of(self.document.data.get("probes", []))
         if ceilings is None or not self.arguments.comparable or self.arguments.model is not None:
             return
-        rows = reference_rows(self.loaded, *ceilings)
+        rows = reference_rows(runs, *ceilings)
         if rows:
             self.document.text(REFERENCE_NOTE)
         for row in rows:
@@ -284,7 +282,6 @@ def run(arguments: argparse.Namespace, bench: Bench) -> None:
                 continue
             with bench.phase(shape.name):
                 bench.shape(shape, clients)
-    bench.compare()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

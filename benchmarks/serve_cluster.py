@@ -71,6 +71,8 @@ class Model:
     directory: Path
     device: Literal["cpu", "cuda"]
     dtype: str
+    num_gpus: int = 0
+    """Of the machine, told to Ray rather than left to what it finds."""
     overrides: Sequence[str] = ()
     """`key.key=value` each, put into the YAML last."""
 
@@ -88,6 +90,8 @@ def cluster_yaml(shape: Shape, model: Model) -> dict[str, Any]:
     }
     if shape.mode == "split":
         content["prefill"] = pool | {"workers": shape.prefill, "max_running": PREFILL_MAX_RUNNING}
+    if model.device == "cuda":
+        content["ray"] = {"num_gpus": model.num_gpus}
     for override in model.overrides:
         key, equals, value = override.partition("=")
         *sections, last = key.split(".")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.serve_cluster import Model, Shape
+from benchmarks.serve_probes import num_gpus
 from benchmarks.serve_reference import OUTPUT_LEN, PROMPT_LEN, SPREAD
 from cluster.load_report import Slo
 
@@ -29,7 +31,7 @@ class LoadCase:
     @property
     def seed(self) -> int:
         """Of its prompts and arrivals: the same for every shape, another one for each repeat."""
-        return self.repeat * 100 + round(self.rate * 10) % 97
+        return zlib.crc32(f"{self.prompt_len} {self.rate} {self.repeat}".encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,8 @@ def cases_of(arguments: argparse.Namespace, shape: Shape) -> list[LoadCase]:
 def model_of(arguments: argparse.Namespace, directory: Path) -> Model:
     """What is served."""
     dtype = arguments.dtype or ("bfloat16" if arguments.device == "cuda" else "float32")
-    return Model(directory=directory, device=arguments.device, dtype=dtype, overrides=arguments.set)
+    gpus = num_gpus() if arguments.device == "cuda" else 0
+    return Model(directory=directory, device=arguments.device, dtype=dtype, num_gpus=gpus, overrides=arguments.set)
 
 
 def slo_of(arguments: argparse.Namespace) -> Slo:
