@@ -55,12 +55,14 @@ from benchmarks.serve_report import (
     slo_text,
 )
 from benchmarks.split_vs_colocated import machine
-from cluster.load import Length, LoadProfile
+from cluster.load import UNFINISHED, Length, LoadProfile
 
 DOWN_S = 12.0
 """What bringing a cluster down may take: kept free of the budget."""
-START_S = 60.0
+START_S = {"cuda": 60.0, "cpu": 20.0}
 """What a start takes, until one has been seen."""
+SETTLE_S = 2.0
+"""For a cluster to end what was cut off, before the next run."""
 WARM_SEED = 99
 
 
@@ -75,7 +77,7 @@ class Bench:
         self.slo = slo_of(arguments)
         self.alone: dict[int, IdleFigures] = {}
         self.failed = False
-        self._start_s = START_S
+        self._start_s = START_S[model.device]
 
     def say(self, text: str) -> None:
         """Progress."""
@@ -192,6 +194,8 @@ class Bench:
                 skipped.append(name)
                 continue
             runs.append(figures := self._measure(shape, cluster, clients, case))
+            if UNFINISHED in figures.report.failures:
+                time.sleep(SETTLE_S)
             self.say(f"{name}: {figures.report.num_completed} answered, {figures.num_failed} failed")
             for message in figures.report.failure_messages.values():
                 self.say(f"  first failure of its kind: {message}")
