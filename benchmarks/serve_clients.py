@@ -33,7 +33,7 @@ HEAD_START_S = 0.2
 ANSWER_GRACE_S = 30.0
 TICK_S = 0.005
 CLIENT_RATE = 6.0
-"""Requests/s (of 256 tokens) that one process carries with honest timestamps: about 1,500 messages/s, a sixth of a core."""
+"""Requests/s (of 256 tokens) that one process carries with honest timestamps: about 1,500 messages/s, 1/6 of a core."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
