@@ -181,7 +181,7 @@ class Bench:
                 limit_s=job.limit_s,
                 seed=length + 1,
             )
-            self._idle(idle_figures(shape.name, length, clients.sequence(measured).load.records))
+            self._idle(idle_figures(shape.name, length, clients.sequence(measured)))
 
     def _load(self, shape: Shape, cluster: Cluster, clients: Clients, cases: Sequence[LoadCase]) -> None:
         self._warm_up(cluster, clients, cases)

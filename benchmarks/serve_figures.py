@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.serve_clients import ClientResult, second_gap_s, steady_gap_s
-from cluster.load import RequestRecord
 from cluster.load_report import LoadReport, Slo, Spread, percentile, summarise
 
 
@@ -90,6 +89,8 @@ class IdleFigures:
     """Medians of Finished.timing; empty for an engine alone."""
     transfer_bytes: int = 0
     """Of a request, median."""
+    client_lag_s: Spread | None = None
+    """How late the client's event loop was, every 5 ms."""
     raw_s: dict[str, list[float]]
     """Every TTFT and second gap, in the order measured."""
 
@@ -108,8 +109,9 @@ class IdleFigures:
 _PHASES = ("queue_s", "prefill_s", "transfer_s", "first_decode_step_s", "transfer_busy_s", "ttft_s")
 
 
-def idle_figures(what: str, prompt_len: int, records: Sequence[RequestRecord]) -> IdleFigures:
+def idle_figures(what: str, prompt_len: int, result: ClientResult) -> IdleFigures:
     """Of a cluster's answers."""
+    records = result.load.records
     whole = [record for record in records if record.failure is None and record.finished is not None]
     timings = [record.finished.timing for record in whole if record.finished is not None]
     ttfts = [record.ttft_s for record in whole if record.ttft_s is not None]
@@ -124,6 +126,7 @@ def idle_figures(what: str, prompt_len: int, records: Sequence[RequestRecord]) -
         failure=next((f"{each.failure}: {each.failure_message}" for each in records if each.failure is not None), ""),
         phases_s={name: statistics.median(getattr(timing, name) for timing in timings) for name in _PHASES if timings},
         transfer_bytes=int(statistics.median(timing.transfer_bytes for timing in timings)) if timings else 0,
+        client_lag_s=Spread.of(result.lags_s),
         raw_s={"ttft_s": ttfts, "second_token_s": gaps},
     )
 

@@ -32,7 +32,8 @@ PHASE_COLUMNS = (
 )  # fmt: skip
 IDLE_COLUMNS = (
     "what", "prompt", "TTFT median / p90", "over the engine alone", "1st→2nd token median / p90", "ITL median",
-    "1st→2nd over ITL", "queue / prefill / transfer not hidden / transfer in all", "KV, MB", "n / failed",
+    "1st→2nd over ITL", "router's own TTFT", "queue / prefill / transfer not hidden / transfer in all", "KV, MB",
+    "client lag p99 / max", "n / failed",
 )  # fmt: skip
 REFERENCE_COLUMNS = (
     "shape", "rate/s", "", "TTFT p50 / p99", "TPOT p50 / p99", "ITL p99 / max",
@@ -134,8 +135,10 @@ def idle_row(figures: IdleFigures, alone: Mapping[int, IdleFigures]) -> list[str
         _middle(figures.second_token_s),
         DASH if figures.itl_s is None else ms(figures.itl_s.median),
         ms(figures.second_over_itl_s),
+        ms(figures.phases_s.get("ttft_s")),
         " / ".join(map(ms, phases)) if figures.phases_s else DASH,
         f"{figures.transfer_bytes / 1e6:.0f}" if figures.transfer_bytes else DASH,
+        spread(figures.client_lag_s, "p99", "max"),
         f"{count} / {figures.num_failed}" + (f" ({figures.failure[:120]})" if figures.failure else ""),
     ]
 

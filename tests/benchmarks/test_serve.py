@@ -175,13 +175,14 @@ class TestFigures:
         alone = engine_figures(2048, [[0.04, 0.05, 0.06, 0.07], [0.05, 0.06, 0.07, 0.08], [0.06, 0.07, 0.08, 0.09]])
         assert alone.ttft_s.median == pytest.approx(0.05)
         assert alone.second_over_itl_s == pytest.approx(0.0)
-        ours = idle_figures("1p1d", 2048, [record(0.0, 0.053, [0.013, 0.01, 0.01])] * 4)
+        ours = idle_figures("1p1d", 2048, result_of([record(0.0, 0.053, [0.013, 0.01, 0.01])] * 4))
         cells = dict(zip(IDLE_COLUMNS, idle_row(ours, {2048: alone}), strict=True))
         assert cells["over the engine alone"] == "3.0"
         assert cells["1st→2nd over ITL"] == "3.0"
         assert cells["n / failed"] == "4 / 0"
         assert dict(zip(IDLE_COLUMNS, idle_row(alone, {2048: alone}), strict=True))["over the engine alone"] == "–"
-        failed = idle_figures("1p1d", 2048, [RequestRecord(0.0, failure="UNAVAILABLE", failure_message="gone")])
+        refused = RequestRecord(0.0, failure="UNAVAILABLE", failure_message="gone")
+        failed = idle_figures("1p1d", 2048, result_of([refused]))
         assert idle_row(failed, {2048: alone})[-1] == "0 / 1 (UNAVAILABLE: gone)"
 
     def test_middle(self):
