@@ -267,7 +267,8 @@ def run(arguments: argparse.Namespace, bench: Bench) -> None:
     document.data |= {"command": command, "date": time.strftime("%Y-%m-%d"), "machine": machine()}
     document.text(f"`{command.strip()}`, {document.data['date']}, {machine()}, {num_gpus()} GPUs")
     document.text(
-        f"Latencies in ms, counted from when a request was due; goodput: answered whole with {slo_text(bench.slo)}; "
+        "Latencies in ms, of requests answered whole, counted from when each was due; goodput: "
+        f"answered whole with {slo_text(bench.slo)}; "
         f"{arguments.output_len} output tokens; prompts ± {arguments.spread:.0%}; {arguments.seconds:g} s of arrivals "
         "a run."
     )

@@ -300,6 +300,7 @@ class _Run:
             record.failure, record.failure_message = _failure_name(error), str(error)
         except asyncio.CancelledError:
             record.failure, record.ended_s = UNFINISHED, self.now_s()
+            record.failure_message = f"not ended {record.ended_s - record.due_s:.1f} s after it was due"
             raise
         record.ended_s = self.now_s()
         if self._on_progress is not None:
