@@ -102,6 +102,8 @@ class RayConfig:
     """host:port of a Ray cluster to join; default: a Ray of our own is started on loopback."""
     port: int = 0
     """TCP port of our own Ray; 0: any free one."""
+    num_gpus: int | None = None
+    """GPUs that our own Ray may use; default: those that it finds."""
     object_store_mib: int = 80
     """Shared memory of our own Ray's object store, in MiB; tokens and KV never pass through it."""
 
@@ -110,6 +112,8 @@ class RayConfig:
             raise ValueError(f"address must be host:port of a Ray head, got {self.address!r}")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port must be between 0 and 65535, got {self.port}")
+        if self.num_gpus is not None and self.num_gpus < 0:
+            raise ValueError(f"num_gpus must be at least 0, got {self.num_gpus}")
         if self.object_store_mib < _MIN_OBJECT_STORE_MIB:
             raise ValueError(f"object_store_mib must be at least {_MIN_OBJECT_STORE_MIB}, got {self.object_store_mib}")
 

@@ -42,6 +42,7 @@ BAD = [
     ("model: {path: demo}\nrouter: {port: 70000}\n", "router.port must be between 0 and 65535, got 70000"),
     ("model: {path: demo}\nray: {address: here}\n", "ray.address must be host:port"),
     ("model: {path: demo}\nray: {object_store_mib: 5}\n", "object_store_mib must be at least 76"),
+    ("model: {path: demo}\nray: {num_gpus: -1}\n", "c.yaml:2: ray.num_gpus must be at least 0, got -1"),
     ("model: {path: demo}\ndrain_s: -1\n", "drain_s must be between 0 and 86400 seconds, got -1"),
     ("model: {path: demo}\ndrain_s: .nan\n", "drain_s"),
     ("model: {path: demo}\nmodel: {path: x}\n", "c.yaml:2: model is given twice (first on line 1)"),
