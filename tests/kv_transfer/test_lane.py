@@ -11,9 +11,9 @@ from kv_transfer.lane import CpuLane, CudaLane, make_lane
 def test_a_cpu_has_no_stream() -> None:
     lane = make_lane(torch.device("cpu"))
     assert isinstance(lane, CpuLane)
-    with lane.active():
-        lane.follow(None)
-        lane.follow(object())
+    lane.enter()
+    lane.follow(None)
+    lane.follow(object())
     lane.mark().wait()
 
 
@@ -31,7 +31,7 @@ def test_a_gpus_lane_waits_for_the_engine_and_nobody_waits_for_it() -> None:
         torch.cuda._sleep(200_000_000)
         source.fill_(3)
         written.record(engine)
-    with lane.active():
+    lane.enter()
         lane.follow(written)
         copy.copy_(source)
     assert not written.query(), "following does not block the caller"
