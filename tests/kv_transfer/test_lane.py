@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -31,9 +33,17 @@ def test_a_gpus_lane_waits_for_the_engine_and_nobody_waits_for_it() -> None:
         torch.cuda._sleep(200_000_000)
         source.fill_(3)
         written.record(engine)
-    lane.enter()
+    marks = []
+
+    def work() -> None:  # a thread of its own, as a pair has one: its current stream stays the lane's
+        lane.enter()
         lane.follow(written)
         copy.copy_(source)
+        marks.append(lane.mark())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
     assert not written.query(), "following does not block the caller"
-    lane.mark().wait()
+    marks[0].wait()
     assert bool((copy == 3).all())
