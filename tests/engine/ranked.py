@@ -36,8 +36,18 @@ class RankedEngine:
     """An engine whose worker has `size` ranks; `followers` are the others'."""
 
     def __init__(
-        self, path: Path, directory: Path, options: EngineOptions, cache: CacheOptions, *, timeout_s: float = TIMEOUT_S
+        self,
+        path: Path,
+        directory: Path,
+        options: EngineOptions,
+        cache: CacheOptions,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        lost: bool = False,
     ) -> None:
+        """`lost`: the other ranks are to end with an error, which `endings` has then."""
+        self.endings: list[BaseException | None] = []
+        self._lost = lost
         size, socket = options.tensor_parallel, str(directory / "ranks.sock")
         self.group = RankGroup(socket, size, timeout_s=timeout_s)
         self.followers = [Follower(socket, rank, size, timeout_s=timeout_s) for rank in range(1, size)]
@@ -65,7 +75,9 @@ class RankedEngine:
     ) -> None:
         self.engine.stop()
         try:
-            for future in self._futures:
-                future.result(TIMEOUT_S)
+            self.endings = [future.exception(TIMEOUT_S) for future in self._futures]
         finally:
             self._threads.shutdown()
+        for ending in self.endings:
+            if ending is not None and not self._lost:
+                raise ending
