@@ -134,7 +134,7 @@ class EngineActor:
         collector = metrics.StatsCollector("engine", lambda: {**numbers(), **load.stats()}, counters=WORKER_COUNTERS)
         self._metrics = metrics.serve([collector], host=config.observability.metrics_host)
         on_sigterm(self._on_sigterm)
-        log.info("engine ready", extra={**numbers(), "metrics": self._metrics.address})
+        log.info("engine ready", extra={"num_blocks": numbers()["num_blocks"], "metrics": self._metrics.address})
 
     def ready(self) -> dict[str, Any]:
         """Answers once the engine is up."""

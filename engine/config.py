@@ -83,8 +83,8 @@ class EngineOptions:
     tensor_parallel: int = 1
     """Ranks of one worker, which share every layer: each is a process, with a GPU of its own where there are GPUs."""
     rank_timeout_s: float = 10.0
-    """Longest that one rank of a worker may be silent, or (on a CPU) keep the others waiting within a step, in seconds;
-    then all ranks of the worker start again."""
+    """Longest that one rank of a worker may be silent, in seconds; one that says that it lives may keep the others
+    waiting within a step for twice as long (on a CPU). Then all ranks of the worker start again."""
 
     def __post_init__(self) -> None:
         for name in ("threads", "max_step_tokens", "max_running", "tensor_parallel"):

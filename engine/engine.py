@@ -82,6 +82,8 @@ class Engine:
         libraries behind it takes it 100 ms and more, and every stream would wait for that.
         """
         gc.freeze()
+        if self.ranks is not None:
+            self.ranks.settle()
         self.loop.start()
 
     def stop(self) -> None:

@@ -40,7 +40,7 @@ class Follower:
     """One rank's tie to rank 0."""
 
     def __init__(self, path: str, rank: int, size: int, *, timeout_s: float = 10.0) -> None:
-        """`path` is where rank 0 listens; `timeout_s` the longest that it may be silent, or wait within a step."""
+        """`path` and `timeout_s` are those of rank 0's RankGroup."""
         self.rank = rank
         self.num_steps = 0
         """Steps launched so far."""
@@ -64,6 +64,7 @@ class Follower:
 
     def connect(self, device: torch.device, timeout_s: float = GATHER_TIMEOUT_S) -> TensorParallel:
         """Find rank 0, wait for the other ranks and join them; RankLostError if that takes too long."""
+        torch.zeros(1, device=device)  # a GPU's start may keep a process silent: it comes before the heartbeats
         deadline = time.monotonic() + timeout_s
         self._link = RankLink(
             self._dial(deadline, timeout_s),
@@ -82,8 +83,10 @@ class Follower:
     def serve(self, runner: Runner) -> None:
         """Compute what rank 0 tells until it ends; RankLostError if it is gone, or the error that a step failed with.
 
-        The wait for the next message is bounded by rank 0's heartbeats.
+        The kernels should be warm. The wait for the next message is bounded by rank 0's heartbeats.
         """
+        if self._link is not None:
+            self._link.settle()
         try:
             while (message := self._inbox.get()) is not None:
                 kind = message.WhichOneof("message")

@@ -100,10 +100,12 @@ class TensorParallel:
 def connect(rank: int, size: int, store: Store, device: torch.device, timeout_s: float) -> TensorParallel:
     """Join this rank to the others through gloo on a CPU and NCCL on a GPU; RankLostError if they do not come.
 
+    On a CPU a wait within a step ends after twice `timeout_s`: who is silent for so long is found out before.
     The first exchange happens here, so that what a channel takes of a GPU's memory is taken before it is measured.
     """
+    make = _gloo if device.type == "cpu" else _nccl
     try:
-        group = _gloo(store, rank, size, timeout_s) if device.type == "cpu" else _nccl(store, rank, size, timeout_s)
+        group = make(store, rank, size, 2 * timeout_s)
     except RuntimeError as error:
         raise RankLostError(f"rank {rank} of {size} could not connect to the others: {_first_line(error)}") from error
     parallel = TensorParallel(rank, size, group, store)

@@ -43,6 +43,8 @@ GATHER_TIMEOUT_S = 120.0
 """Longest that ranks wait for each other's processes to start."""
 STEP_TIMEOUT_S = 60.0
 """Longest that a step may take on a GPU once the kernels are warm."""
+BLAME_S = 1.0
+"""How long rank 0 waits to hear which rank is to blame for a step that could not be computed together."""
 
 
 class GroupState(enum.Enum):
@@ -61,7 +63,7 @@ class RankGroup:
     def __init__(
         self, path: str, size: int, *, timeout_s: float = 10.0, gather_timeout_s: float = GATHER_TIMEOUT_S
     ) -> None:
-        """`path` is where rank 0 listens; `timeout_s` the longest that a rank may be silent, or wait within a step."""
+        """`path` is where rank 0 listens; `timeout_s` the longest that a rank may be silent once all have settled."""
         self.state = GroupState.NEW
         self.size = size
         self.ended = threading.Event()
@@ -85,6 +87,7 @@ class RankGroup:
 
     def connect(self, device: torch.device) -> TensorParallel:
         """Wait for the other ranks and join them; RankLostError if one does not come in time, or is lost meanwhile."""
+        torch.zeros(1, device=device)  # a GPU's start may keep a process silent: it comes before the heartbeats
         self._move(GroupState.NEW, GroupState.GATHERING)
         try:
             listen_privately(self._listener, self._path)
@@ -97,6 +100,11 @@ class RankGroup:
             raise RankLostError(f"a rank of this worker was lost at the start (the group is {self.state.value})")
         self._broadcast(pb.RankMessage(welcome=pb.RankWelcome()))
         return connect(0, self.size, self._store, device, self._timeout_s)
+
+    def settle(self) -> None:
+        """The kernels are warm, here and at the other ranks: from now on `timeout_s` holds."""
+        for link in self._links.values():
+            link.settle()
 
     def announce(self, plan: StepPlan, note: bytes = b"") -> None:
         """Tell all ranks of the next step (the loop's thread); RankLostError if one is gone."""
@@ -256,6 +264,8 @@ class LeadingRunner:
             with self.busy():
                 return _LedStep(self._runner.launch(plan, hook), self)
         except Exception as error:
+            if isinstance(error, RankLostError):
+                self._group.ended.wait(BLAME_S)
             self._group.fail(f"rank 0 could not launch a step that the others compute: {error}")
             raise
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -52,6 +53,7 @@ class RankedEngine:
         self.group = RankGroup(socket, size, timeout_s=timeout_s)
         self.followers = [Follower(socket, rank, size, timeout_s=timeout_s) for rank in range(1, size)]
         self.runners: dict[int, ModelRunner] = {}
+        self._ready = threading.Semaphore(0)
         self._threads = ThreadPoolExecutor(size)
         self._path, self._options, self._cache = path, options, cache
         self._futures: list[Future[None]] = [self._threads.submit(self._follow, each) for each in self.followers]
@@ -62,11 +64,14 @@ class RankedEngine:
             parallel = follower.connect(CPU)
             runner = ModelRunner(model_options(self._path), self._cache, self._options, parallel=parallel)
             self.runners[follower.rank] = runner
+            self._ready.release()
             follower.serve(runner)
         finally:
             follower.close()
 
     def __enter__(self) -> RankedEngine:
+        for _ in self.followers:
+            assert self._ready.acquire(timeout=TIMEOUT_S)
         self.engine.start()
         return self
 

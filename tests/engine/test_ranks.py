@@ -219,8 +219,9 @@ def test_a_rank_that_is_killed_or_stopped_ends_the_epoch(
         began = time.monotonic()
         outputs = engine.generate([make_request("during", 20, max_tokens=250, ignore_eos=True)], timeout_s=60.0)[0]
         assert outputs[-1].finish_reason is FinishReason.FAILED
-        lost.get(timeout=NOTICE_S)
+        assert lost.get(timeout=NOTICE_S)[0] == 1
         assert time.monotonic() - began < NOTICE_S
+        assert child.wait(NOTICE_S) == -signal.SIGKILL  # also the one that was stopped
     assert lost.empty()
 
 
@@ -233,11 +234,10 @@ def test_rank_0_that_is_killed_ends_the_others(children: Children) -> None:
     assert ranks[1].event("lost")
 
 
-def test_rank_0_that_is_stopped_ends_the_others(children: Children) -> None:
+def test_rank_0_that_is_stopped_is_killed_and_ends_the_others(children: Children) -> None:
     ranks = [children(rank, 2) for rank in range(2)]
     for rank in ranks:
         rank.event("ready")
     ranks[0].process.send_signal(signal.SIGSTOP)
     assert ranks[1].wait(NOTICE_S) == EXIT_LOST
-    ranks[0].process.send_signal(signal.SIGCONT)
-    assert ranks[0].wait(NOTICE_S) == EXIT_LOST
+    assert ranks[0].wait(NOTICE_S) == -signal.SIGKILL
