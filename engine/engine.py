@@ -87,11 +87,13 @@ class Engine:
         self.loop.start()
 
     def stop(self) -> None:
-        """Stop the loop's thread."""
+        """Stop the loop's thread, and end the other ranks."""
         gc.unfreeze()
-        self.loop.stop()
-        if self.ranks is not None:
-            self.ranks.close()
+        try:
+            self.loop.stop()
+        finally:
+            if self.ranks is not None:
+                self.ranks.close()
 
     def __enter__(self) -> Engine:
         self.start()

@@ -1,7 +1,7 @@
 """A rank other than 0: computes the steps that rank 0 tells it, with mirrored sequences.
 
-    NEW --connect--> WAITING --welcome--> MET --rank 0's stop, or close--> ENDED
-                        '--rank 0 is gone or silent, or a step fails--------^ (with a reason)
+    NEW --connect--> WAITING --all ranks are here--> MET --rank 0's stop, or close--> ENDED
+                        '--rank 0 is gone or silent------'--> LOST
 
 It schedules nothing and answers nobody. It still reads each step's outcome, `run_ahead` steps later, which
 bounds what is under way. Logits that are not numbers are so on all ranks: rank 0 ends the requests,
@@ -11,6 +11,7 @@ and this rank goes on. Any other failure here ends the worker's epoch.
 from __future__ import annotations
 
 import contextlib
+import enum
 import logging
 import queue
 import socket
@@ -36,11 +37,22 @@ log = logging.getLogger(__name__)
 RETRY_S = 0.1
 
 
+class FollowerState(enum.Enum):
+    """What a rank has of rank 0."""
+
+    NEW = "new"
+    WAITING = "waiting"
+    MET = "met"
+    LOST = "lost"
+    ENDED = "ended"
+
+
 class Follower:
     """One rank's tie to rank 0."""
 
     def __init__(self, path: str, rank: int, size: int, *, timeout_s: float = 10.0) -> None:
         """`path` and `timeout_s` are those of rank 0's RankGroup."""
+        self.state = FollowerState.NEW
         self.rank = rank
         self.num_steps = 0
         """Steps launched so far."""
@@ -56,9 +68,11 @@ class Follower:
         self._link: RankLink | None = None
         self._store = RankStore(self._publish, MEET_TIMEOUT_S)
         self._mirror = StepMirror()
-        self._met = threading.Event()
-        self._closed = threading.Event()
-        self._lost_reason: str | None = None
+        self._changing = threading.Lock()
+        self._welcomed = threading.Event()
+        """Set once this rank need not wait for the others any more: they are here, or never will be."""
+        self._reason = ""
+        """Why rank 0 is lost."""
         self._inbox: queue.SimpleQueue[pb.RankMessage | None] = queue.SimpleQueue()
         self._under_way: deque[StepUnderWay] = deque()
 
@@ -66,6 +80,7 @@ class Follower:
         """Find rank 0, wait for the other ranks and join them; RankLostError if that takes too long."""
         torch.zeros(1, device=device)  # a GPU's start may keep a process silent: it comes before the heartbeats
         deadline = time.monotonic() + timeout_s
+        self._move(FollowerState.WAITING, FollowerState.NEW)
         self._link = RankLink(
             self._dial(deadline, timeout_s),
             "rank 0",
@@ -75,7 +90,7 @@ class Follower:
         )
         self._send(pb.RankMessage(hello=pb.RankHello(rank=self.rank, size=self._size, device=device.type)))
         self._link.start()
-        if not self._met.wait(max(0.0, deadline - time.monotonic())):
+        if not self._welcomed.wait(max(0.0, deadline - time.monotonic())):
             raise RankLostError(f"the other ranks did not come to {self._path} within {timeout_s:g} s")
         self._raise_if_lost()
         return connect(self.rank, self._size, self._store, device, self._timeout_s)
@@ -89,15 +104,12 @@ class Follower:
             self._link.settle()
         try:
             while (message := self._inbox.get()) is not None:
-                kind = message.WhichOneof("message")
-                if kind == "step":
+                if message.WhichOneof("message") == "step":
                     self._step(runner, message.step)
-                elif kind == "order" and self.on_order is not None:
+                elif self.on_order is not None:
                     self.on_order(message.order)
-                elif kind == "stop":
-                    self._drain()
-                    return
             self._raise_if_lost()
+            self._drain()
         except Exception as error:
             self._tell_failure(error)
             raise
@@ -112,11 +124,9 @@ class Follower:
 
     def close(self) -> None:
         """Hang up, and end `serve`."""
-        self._closed.set()
+        self._end(FollowerState.ENDED, "this rank has ended")
         if self._link is not None:
             self._link.close()
-        self._store.close("this rank has ended")
-        self._inbox.put(None)
 
     def num_mirrored(self) -> int:
         """Sequences held here."""
@@ -134,7 +144,7 @@ class Follower:
                 return connection
             except OSError as error:
                 connection.close()
-                if time.monotonic() > deadline or self._closed.wait(RETRY_S):
+                if time.monotonic() > deadline or self._welcomed.wait(RETRY_S):
                     raise RankLostError(f"rank 0 did not listen at {self._path} within {timeout_s:g} s") from error
 
     def _step(self, runner: Runner, step: pb.RankStep) -> None:
@@ -164,31 +174,44 @@ class Follower:
     def _handle(self, message: pb.RankMessage) -> None:
         match message.WhichOneof("message"):
             case "welcome":
-                self._met.set()
+                self._move(FollowerState.MET, FollowerState.WAITING)
+                self._welcomed.set()
             case "value":
                 self._store.put(message.value.key, message.value.value)
             case "failure":
                 self._lose(message.failure.reason)
-            case "stop":
-                self._closed.set()
-                self._inbox.put(message)
             case "step" | "order":
                 self._inbox.put(message)
+            case "stop":
+                self._end(FollowerState.ENDED, "rank 0 has ended")
 
     def _lose(self, reason: str) -> None:
-        if self._lost_reason is not None or self._closed.is_set():
-            return
-        self._lost_reason = reason
-        log.error("rank %d has lost rank 0: %s", self.rank, reason)
-        if self.on_lost is not None:
-            self.on_lost(reason)
+        self._reason = self._reason or reason
+        if self._end(FollowerState.LOST, reason):
+            log.error("rank %d has lost rank 0: %s", self.rank, reason)
+            if self.on_lost is not None:
+                self.on_lost(reason)
+
+    def _end(self, state: FollowerState, reason: str) -> bool:
+        """Wake whoever waits for more of rank 0; False if it has ended before."""
+        if not self._move(state, FollowerState.NEW, FollowerState.WAITING, FollowerState.MET):
+            return False
         self._store.close(reason)
-        self._met.set()
+        self._welcomed.set()
         self._inbox.put(None)
+        return True
+
+    def _move(self, following: FollowerState, *present: FollowerState) -> bool:
+        """Change the state; False if it is none of `present`."""
+        with self._changing:
+            if self.state not in present:
+                return False
+            self.state = following
+            return True
 
     def _raise_if_lost(self) -> None:
-        if self._lost_reason is not None:
-            raise RankLostError(f"rank {self.rank} has lost rank 0: {self._lost_reason}")
+        if self.state is FollowerState.LOST:
+            raise RankLostError(f"rank {self.rank} has lost rank 0: {self._reason}")
 
     def _tell_failure(self, error: Exception) -> None:
         reason = pb.RankFailure(reason=f"rank {self.rank} cannot go on: {type(error).__name__}: {error}")

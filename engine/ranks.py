@@ -71,7 +71,7 @@ class RankGroup:
         self.on_lost: Callable[[int, str], None] | None = None
         """Called once, with the rank (0: this one) and the reason; on any thread. It may end the process."""
         self.on_report: Callable[[int, bytes], None] | None = None
-        """Called with a rank and what it reported, on that rank's reader thread."""
+        """Called with a rank and what it reported, on that rank's reader thread: it must not block, nor fail."""
         self.on_leave: Callable[[int], None] | None = None
         """Called when a rank was asked to end, on its reader thread: the worker should drain and end."""
         self._path = path
@@ -151,8 +151,10 @@ class RankGroup:
                 raise RankLostError(
                     f"ranks {missing} did not connect to {self._path} within {self._gather_timeout_s:g} s"
                 ) from error
-            except OSError:  # a rank was lost, and the listener shut down for it
-                return
+            except OSError:
+                if self.state is GroupState.GATHERING:
+                    raise
+                return  # a rank was lost, and the listener shut down for it
             self._admit(connection, device)
 
     def _admit(self, connection: socket.socket, device: torch.device) -> None:
