@@ -40,6 +40,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 _MIN_OBJECT_STORE_MIB = 76
+TENSOR_PARALLEL = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,10 +60,8 @@ class PoolConfig(EngineOptions):
 
     def __post_init__(self) -> None:
         EngineOptions.__post_init__(self)
-        if self.tensor_parallel != 1:
-            raise ValueError(
-                f"tensor_parallel must be 1, got {self.tensor_parallel}: workers of several ranks come later"
-            )
+        if self.tensor_parallel not in TENSOR_PARALLEL:
+            raise ValueError(f"tensor_parallel must be 1, 2, 4 or 8, got {self.tensor_parallel}")
         if not 0 <= self.workers <= 1000:
             raise ValueError(f"workers must be between 0 and 1000, got {self.workers}")
         for name, amount in (("num_cpus", self.num_cpus), ("num_gpus", self.num_gpus), *self.resources.items()):
@@ -175,6 +174,12 @@ class ClusterConfig:
             raise ValueError(f"decode.workers must be at least 1, got {self.decode.workers}")
         if self.mode == "split" and self.prefill.workers < 1:
             raise ValueError("prefill.workers must be at least 1 when mode is split; for none, set `mode: colocated`")
+        # Until KV travels between the ranks of two workers; this check is all that refuses it.
+        if self.mode == "split" and max(self.prefill.tensor_parallel, self.decode.tensor_parallel) > 1:
+            raise ValueError(
+                "tensor_parallel must be 1 when mode is split: workers of several ranks do not exchange KV yet; "
+                "for several, set `mode: colocated`"
+            )
         if not 0 <= self.drain_s <= 86400:
             raise ValueError(f"drain_s must be between 0 and 86400 seconds, got {self.drain_s}")
         if not 0 < self.start_timeout_s <= 86400:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from decode_pool.config import DecodeOptions
 from decode_pool.worker import DecodeWorker
-from engine.batch import OnLayer, StepPlan
+from engine.batch import LayerHook, StepPlan
 from engine.engine import Engine
 from engine.errors import CapacityError, EngineError, InvalidRequestError
 from engine.ipc import EngineServer, Send
@@ -216,7 +216,7 @@ class HostSession:
 
     # ---- on the engine loop's thread ----
 
-    def _before_step(self, plan: StepPlan) -> OnLayer | None:
+    def _before_step(self, plan: StepPlan) -> LayerHook | None:
         return self._prefill.step_hook(plan) if self._prefill is not None else None
 
     def _after_step(self, emitted: list[Emitted]) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from engine import wire
 from engine.api import FinishReason, TokenOutput
-from engine.batch import OnLayer, StepPlan
+from engine.batch import LayerHook, StepPlan
 from engine.engine import Engine
 from engine.errors import CapacityError, EngineError, InvalidRequestError
 from engine.sequence import Sequence
@@ -113,7 +113,7 @@ class PrefillWorker:
         for task in list(self._tasks.values()):
             self._end(task, "the worker's epoch is over")
 
-    def step_hook(self, plan: StepPlan) -> OnLayer | None:
+    def step_hook(self, plan: StepPlan) -> LayerHook | None:
         """Before a step: which layers' KV to send as they are written."""
         pushes = []
         for share in plan.shares:
@@ -130,7 +130,7 @@ class PrefillWorker:
             for push in pushes:
                 push.layer_written(layer, event)
 
-        return on_layer
+        return LayerHook(on_layer)
 
     def must_pause(self, sequence: Sequence) -> bool:
         """Whether a prompt's receiver is too far behind for more of it to be computed now."""

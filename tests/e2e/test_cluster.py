@@ -43,10 +43,10 @@ drain_s: 10
 class Cluster:
     """A cluster of its own run directory, driven as a user drives it."""
 
-    def __init__(self, directory: Path, model: Path) -> None:
+    def __init__(self, directory: Path, model: Path, yaml: str = YAML) -> None:
         self.run_dir = directory / "run"
         self.yaml = directory / "cluster.yaml"
-        self.yaml.write_text(YAML.format(model=model))
+        self.yaml.write_text(yaml.format(model=model))
         self.env = {**os.environ, "PDSERVE_RUN_DIR": str(self.run_dir)}
 
     def pdserve(self, *arguments: str, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
@@ -88,9 +88,13 @@ def cluster(tiny_llama, tmp_path_factory):
     made = Cluster(tmp_path_factory.mktemp("cluster"), tiny_llama)
     made.up()
     yield made
-    down = made.pdserve("down", timeout_s=120)
+    take_down(made)
+
+
+def take_down(cluster: Cluster) -> None:
+    down = cluster.pdserve("down", timeout_s=120)
     assert down.returncode == 0, down.stderr
-    left = [process for process in psutil.process_iter() if belongs(process, made.run_dir)]
+    left = [process for process in psutil.process_iter() if belongs(process, cluster.run_dir)]
     assert not left, f"processes left behind: {left}"
 
 
