@@ -177,8 +177,6 @@ def _scrape(address: str) -> list[Sample] | None:
 
 def _numbers(page: list[Sample]) -> Numbers:
     """The samples without labels, by their names without prefix."""
-    return {_short(sample.name): sample.value for sample in page if not sample.labels}
-
-
-def _short(name: str) -> str:
-    return name.removeprefix(f"{PREFIX}_").partition("_")[2]
+    return {
+        sample.name.removeprefix(f"{PREFIX}_").partition("_")[2]: sample.value for sample in page if not sample.labels
+    }
