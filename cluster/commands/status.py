@@ -12,7 +12,7 @@ from cluster.pairs import Pair
 from cluster.run_dir import RunDir
 
 _ROW = "{:<12} {:<8} {:>5}  {:<21} {:>13} {:>7} {:>7}  {}"
-_PAIR = "{:<16} {:<16} {:<10} {:<10} {:>10} {:>7}  {}"
+_PAIR = "{:<14} {:<20} {:<10} {:<10} {:>10} {:>7}  {}"
 _EPILOG = """\b
 Examples:
   pdserve status
