@@ -7,6 +7,7 @@ import json
 
 import pytest
 from click.testing import CliRunner
+from prometheus_client import generate_latest
 
 from cluster import pairs
 from cluster.cli import main
@@ -37,8 +38,12 @@ def test_a_page_brings_back_what_a_worker_sends_over() -> None:
     )
     try:
         member = asyncio.run(_member("prefill-0", "worker", "prefill", "prefill", record))
+        text = generate_latest(server.registry).decode()
     finally:
         server.close()
+    labels = '{direction="to",peer="decode-1/4",transport="gloo"}'
+    for line in ("latency_seconds{} 0.004", "bytes_per_second{} 2e+07", "slow{} 1.0", "ready{} 1.0"):
+        assert f"pdserve_worker_pair_{line.replace('{}', labels)}" in text
     assert member.numbers == {"free_blocks": 7}
     assert member.pairs == [
         Pair("prefill-0/2", "decode-0/1", "nccl", "ready", 0.0002, 3.2e10),
