@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cluster import metrics
+from cluster import metrics, pairs
 from cluster.config import ClusterConfig, PoolConfig, from_plain
 from cluster.front import FrontOptions, FrontState, WorkerFront
 from cluster.loop_thread import LoopThread
@@ -55,6 +55,8 @@ WORKER_COUNTERS = (
     "received_bytes",
     "digest_mismatches",
     "lost_peers",
+    "slow_pairs",
+    "retired_pairs",
 )
 ROUTER_COUNTERS = ("outcomes", "prompt_tokens", "cached_prompt_tokens", "generated_tokens", "failed_attempts")
 
@@ -207,7 +209,9 @@ class FrontActor:
     def __init__(self, spec: WorkerSpec, engine_socket: str) -> None:
         config = from_plain(spec.config)
         secret = begin("front", spec.worker_id, config, spec.run_dir, spec.redis_url)
-        collector = metrics.StatsCollector("worker", self._metric_values, counters=WORKER_COUNTERS)
+        collector = metrics.StatsCollector(
+            "worker", self._metric_values, counters=WORKER_COUNTERS, key_labels=pairs.KEY_LABELS
+        )
         self._metrics = metrics.serve([collector], host=config.observability.metrics_host)
         self._drain_s = config.drain_s
         self._start_s = config.start_timeout_s
@@ -240,10 +244,11 @@ class FrontActor:
         """State, identity, stats."""
         return {**self._front.status(), "pid": os.getpid()}
 
-    def _metric_values(self) -> dict[str, float]:
+    def _metric_values(self) -> dict[str, Any]:
         front = self._front
         return {
             **_stats(front.link.stats),
+            **pairs.gauges(front.link.pairs),
             "epoch": front.link.epoch,
             "ready": float(front.state is FrontState.SERVING),
         }

@@ -131,7 +131,10 @@ class HostSession:
             if self._node is not None and command.renew.router_id:
                 self._node.renew(command.renew.router_id)
             if command.call_id:
-                self._reply(command.call_id, pb.EngineReply(stats=self.stats()))
+                self._reply(command.call_id, pb.EngineReply(stats=self.stats(), pairs=self.pairs()))
+            return
+        if kind == "meet":
+            self._answer(command.call_id, lambda: self._meet(command.meet))
             return
         self._engine.loop.post(lambda: self._on_loop(command))
 
@@ -160,7 +163,14 @@ class HostSession:
             stats.open_sends = transfer.open_sends
             stats.num_pairs = transfer.pairs
             stats.lost_peers = transfer.lost_peers
+            stats.slow_pairs = transfer.slow_pairs
+            stats.retired_pairs = transfer.retired_pairs
         return stats
+
+    def pairs(self) -> list[pb.PairInfo]:
+        """The pairs of this epoch, in either direction; any thread may ask."""
+        node = self._node
+        return [info.to_proto() for info in node.stats().pair_infos] if node is not None else []
 
     def num_open(self) -> int:
         """Requests of any phase that this epoch still has."""
@@ -201,7 +211,19 @@ class HostSession:
             max_running=host.max_running,
             vocab_size=config.vocab_size,
             architecture=config.architecture,
+            control_addresses=node.addresses,
         )
+
+    def _meet(self, meet: pb.MeetRequest) -> pb.EngineReply:
+        """Begin the pairs to another worker; the node does not wait for them."""
+        if self._node is None:
+            return _not_started()
+        try:
+            layout = KVLayout.from_proto(meet.layout)
+        except ValueError as error:
+            raise InvalidRequestError(str(error), field="layout") from error
+        self._node.meet(meet.worker.worker_id, meet.worker.epoch, meet.control_addresses, layout)
+        return pb.EngineReply(meet=pb.MeetReply())
 
     def _take_loop(self) -> None:
         assert self._prefill is not None

@@ -85,6 +85,7 @@ class SenderPair:
         self._control: ControlConnection | None = None
         self._transport: Transport | None = None
         self._measured = Measured()
+        self._is_slow = False
         self._transport_name = ""
         self._test = SelfTest(self._say, context.config.connect_timeout_s)
         self._watch = Watch()
@@ -108,7 +109,13 @@ class SenderPair:
         """The pair as others see it."""
         measured = self._measured
         return PairInfo(
-            str(self.receiver), "to", self._state.value, self._transport_name, measured.latency_s, measured.bytes_per_s
+            peer=str(self.receiver),
+            direction="to",
+            state=self._state.value,
+            transport=self._transport_name,
+            latency_s=measured.latency_s,
+            bytes_per_s=measured.bytes_per_s,
+            is_slow=self._is_slow,
         )
 
     @property
@@ -197,6 +204,7 @@ class SenderPair:
         self._measured = self._test.run(transport, equipment, self._context.piece_bytes)
         self._outgoing = Outgoing(self._context, equipment, transport, self.heads.heads, str(receiver), self._watch)
         if not judge(self._measured, agreed.transport, config, str(receiver)):
+            self._is_slow = True
             self._context.counters.add(slow_pairs=1)
         with self._changed:
             if self._state is PairState.CONNECTING:

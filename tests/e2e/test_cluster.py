@@ -137,6 +137,20 @@ def all_free(members: dict[str, dict]) -> bool:
     )
 
 
+def test_pairs_are_made_before_the_first_request(cluster):
+    def paired(members: dict[str, dict]) -> bool:
+        pairs = members["prefill-0"].get("pairs", [])
+        return any(
+            pair["receiver"].startswith("decode-0/") and pair["state"] == "ready" and pair["bytes_per_s"] > 0
+            for pair in pairs
+        )
+
+    members = cluster.until(paired)
+    assert members["prefill-0"]["numbers"]["steps_total"] == 0
+    assert not members["decode-0"]["pairs"], "nobody sends from there"
+    assert "decode-0/" in cluster.pdserve("status").stdout
+
+
 def test_answers_are_those_of_one_engine(cluster, alone):
     prompts = [prompt_of(length) for length in (1, 20, 200)]
 

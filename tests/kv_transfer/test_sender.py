@@ -252,3 +252,18 @@ def test_a_ticket_can_be_given_up_while_the_pair_is_being_made(make_node: Make) 
         assert result.state is TicketState.LOST
         assert "did not send its challenge" in result.reason
         assert waiting.settled
+
+
+@pytest.mark.parametrize(("expected_gb_s", "is_slow"), [(1e-6, False), (1e6, True)])
+def test_workers_meet_ahead_of_any_ticket_and_a_slow_pair_is_named(
+    make_node: Make, expected_gb_s: float, is_slow: bool
+) -> None:
+    sender = make_node("p", Memory(LAYOUT, seed=1), expected_gb_s=expected_gb_s)
+    receiver = make_node("d", Memory(LAYOUT))
+    for _ in range(2):
+        sender.meet("d", 1, receiver.addresses, LAYOUT)
+    wait_until(lambda: [info.state for info in sender.stats().pair_infos] == ["ready"], "the pair is ready")
+    (info,) = sender.stats().pair_infos
+    assert (info.peer, info.direction, info.is_slow) == ("d/1", "to", is_slow)
+    assert info.to_proto().is_slow is is_slow
+    assert sender.stats().slow_pairs == int(is_slow)
