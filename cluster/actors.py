@@ -131,7 +131,9 @@ class EngineActor:
         """Taken by the one drain that this process does."""
         with _exit_if_lost():
             self._host: EngineHost | FollowerHost
-            self._host, numbers = self._lead(spec, config, secret, load) if rank == 0 else _follow(spec, rank, load)
+            self._host, numbers = (
+                self._lead(spec, config, secret, load) if rank == 0 else _follow(spec, rank, secret, load)
+            )
             self._host.start()
         collector = metrics.StatsCollector("engine", lambda: {**numbers(), **load.stats()}, counters=WORKER_COUNTERS)
         self._metrics = metrics.serve([collector], host=config.observability.metrics_host)
@@ -182,10 +184,11 @@ class EngineActor:
             self._host.stop()
 
 
-def _follow(spec: WorkerSpec, rank: int, load: LoadTeller) -> tuple[FollowerHost, Numbers]:
+def _follow(spec: WorkerSpec, rank: int, secret: bytes, load: LoadTeller) -> tuple[FollowerHost, Numbers]:
     """A rank other than 0; its process ends with rank 0's."""
     from cluster.rank_host import FollowerHost
     from engine.follower import Follower
+    from engine.model_source import fingerprint
     from engine.runner import ModelRunner, choose_device
 
     config = from_plain(spec.config)
@@ -199,7 +202,14 @@ def _follow(spec: WorkerSpec, rank: int, load: LoadTeller) -> tuple[FollowerHost
     except BaseException:
         follower.close()
         raise
-    host = FollowerHost(follower, runner, on_end=lambda well: os._exit(EXIT_DRAINED if well else EXIT_FAILED))
+    host = FollowerHost(
+        follower,
+        runner,
+        model_hash=fingerprint(runner.source, config.model.load_format),
+        transfer=config.transfer,
+        secret=secret,
+        on_end=lambda well: os._exit(EXIT_DRAINED if well else EXIT_FAILED),
+    )
     return host, host.numbers
 
 

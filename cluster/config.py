@@ -174,12 +174,6 @@ class ClusterConfig:
             raise ValueError(f"decode.workers must be at least 1, got {self.decode.workers}")
         if self.mode == "split" and self.prefill.workers < 1:
             raise ValueError("prefill.workers must be at least 1 when mode is split; for none, set `mode: colocated`")
-        # Until KV travels between the ranks of two workers; this check is all that refuses it.
-        if self.mode == "split" and max(self.prefill.tensor_parallel, self.decode.tensor_parallel) > 1:
-            raise ValueError(
-                "tensor_parallel must be 1 when mode is split: workers of several ranks do not exchange KV yet; "
-                "for several, set `mode: colocated`"
-            )
         if not 0 <= self.drain_s <= 86400:
             raise ValueError(f"drain_s must be between 0 and 86400 seconds, got {self.drain_s}")
         if not 0 < self.start_timeout_s <= 86400:

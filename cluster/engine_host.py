@@ -20,8 +20,10 @@ from engine.batch import LayerHook, StepPlan
 from engine.engine import Engine
 from engine.errors import CapacityError, EngineError, InvalidRequestError
 from engine.ipc import EngineServer, Send
+from engine.runner import ModelRunner
 from engine.scheduler import Emitted
 from kv_transfer.config import TransferConfig
+from kv_transfer.group import TransferGroup
 from kv_transfer.layout import KVLayout
 from kv_transfer.node import TransferNode
 from prefill_pool.worker import PrefillAborted, PrefillWorker
@@ -87,15 +89,7 @@ class EngineHost:
 
     def layout(self) -> KVLayout:
         """What a peer must agree with before any KV travels."""
-        runner = self.engine.runner
-        return KVLayout(
-            model_hash=self.engine.model_hash,
-            num_layers=runner.config.num_layers,
-            block_size=self.engine.scheduler.block_size,
-            num_kv_heads=runner.config.num_kv_heads,
-            head_dim=runner.config.head_dim,
-            dtype=str(runner.dtype).removeprefix("torch."),
-        )
+        return kv_layout(self.engine.runner, self.engine.model_hash)
 
     def _on_idle(self) -> None:
         if self.draining and (self._session is None or self._session.num_open() == 0):
@@ -114,7 +108,7 @@ class HostSession:
         self._host = host
         self._engine = host.engine
         self._send = send
-        self._node: TransferNode | None = None
+        self._node: TransferNode | TransferGroup | None = None
         self._prefill: PrefillWorker | None = None
         self._decode: DecodeWorker | None = None
         self._outbox: dict[str, list[pb.TokenOutput]] = {}
@@ -180,15 +174,7 @@ class HostSession:
         identity, host = start.identity, self._host
         if self._node is not None:
             raise EngineError("this front has already started an epoch")
-        node = TransferNode(
-            worker_id=identity.worker_id,
-            epoch=identity.epoch,
-            layout=host.layout(),
-            memory=self._engine.runner.kv_cache,
-            config=host.transfer,
-            secret=host.secret,
-        )
-        node.start()
+        node = self._start_transfers(identity)
         self._prefill = PrefillWorker(self._engine, node, emit=self._emit)
         self._decode = DecodeWorker(
             self._engine,
@@ -213,6 +199,25 @@ class HostSession:
             architecture=config.architecture,
             control_addresses=node.addresses,
         )
+
+    def _start_transfers(self, identity: pb.WorkerIdentity) -> TransferNode | TransferGroup:
+        """This epoch's transfers, on every rank."""
+        host, ranks = self._host, self._engine.ranks
+        node = TransferNode(
+            worker_id=identity.worker_id,
+            epoch=identity.epoch,
+            layout=host.layout(),
+            memory=self._engine.runner.kv_cache,
+            config=host.transfer,
+            secret=host.secret,
+        )
+        if ranks is None:
+            node.start()
+            return node
+        group = TransferGroup(node, ranks.size, ranks.order)
+        ranks.on_report = group.hear
+        group.start()
+        return group
 
     def _meet(self, meet: pb.MeetRequest) -> pb.EngineReply:
         """Begin the pairs to another worker; the node does not wait for them."""
@@ -343,6 +348,20 @@ def error_message(error: Exception) -> pb.EngineError:
             return pb.EngineError(status="ABORTED", message=str(error))
         case _:
             return pb.EngineError(status="INTERNAL", message=f"{type(error).__name__}: {error}")
+
+
+def kv_layout(runner: ModelRunner, model_hash: str) -> KVLayout:
+    """How a rank's KV lies, and what of it the rank has."""
+    return KVLayout(
+        model_hash=model_hash,
+        num_layers=runner.config.num_layers,
+        block_size=runner.block_size,
+        num_kv_heads=runner.config.num_kv_heads,
+        head_dim=runner.config.head_dim,
+        dtype=str(runner.dtype).removeprefix("torch."),
+        tp_rank=runner.parallel.rank,
+        tp_size=runner.parallel.size,
+    )
 
 
 def engine_stats(engine: Engine) -> pb.WorkerStats:

@@ -3,7 +3,7 @@
     STARTING --start--> SERVING --rank 0 stops the worker, or stop--> ENDED
                            '--rank 0 is gone, or a step fails----------^
 
-It has no front and takes no commands; whoever sends KV hangs onto the follower's orders, hooks and reports.
+It has no front; what rank 0 orders about KV transfers, this rank's own `RankTransfer` does.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ import logging
 import threading
 from collections.abc import Callable
 
+from cluster.engine_host import kv_layout
 from engine.errors import RankLostError
 from engine.follower import Follower
 from engine.runner import ModelRunner
+from kv_transfer.config import TransferConfig
+from kv_transfer.rank_transfer import RankTransfer
 
 log = logging.getLogger(__name__)
 
@@ -25,10 +28,29 @@ STOP_TIMEOUT_S = 30.0
 class FollowerHost:
     """One rank's model, computing what rank 0 tells."""
 
-    def __init__(self, follower: Follower, runner: ModelRunner, *, on_end: Callable[[bool], None]) -> None:
+    def __init__(
+        self,
+        follower: Follower,
+        runner: ModelRunner,
+        *,
+        model_hash: str,
+        transfer: TransferConfig,
+        secret: bytes,
+        on_end: Callable[[bool], None],
+    ) -> None:
         """`on_end` is called once, on the thread that computes: with True where the worker ended as it should."""
         self.follower = follower
         self.runner = runner
+        self._transfers = RankTransfer(
+            layout=kv_layout(runner, model_hash),
+            memory=runner.kv_cache,
+            config=transfer,
+            secret=secret,
+            report=follower.report,
+            mark=runner.mark,
+        )
+        follower.on_order = self._transfers.obey
+        follower.make_hook = self._transfers.hook
         self._on_end = on_end
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="rank-steps", daemon=True)
@@ -66,5 +88,6 @@ class FollowerHost:
         except Exception:
             log.exception("this rank cannot go on")
         finally:
+            self._transfers.stop()
             self._ended.set()
             self._on_end(as_it_should)

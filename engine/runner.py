@@ -84,6 +84,7 @@ class ModelRunner:
         EngineError for a device that is not there, CapacityError where memory does not suffice.
         """
         parallel = parallel or TensorParallel()
+        self.parallel = parallel
         if parallel.size != options.tensor_parallel:
             raise EngineError(
                 f"tensor_parallel is {options.tensor_parallel}, but this runner is one of {parallel.size} ranks"

@@ -8,6 +8,7 @@ write to (or read from) them on any rank.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,8 +35,12 @@ from protos.transfer_pb2 import (
 )
 from protos.worker_pb2 import TokenOutput, WorkerIdentity
 
+_log = logging.getLogger(__name__)
+
 RANK_START_S = 30.0
 """Bound of the wait for the other ranks' listeners."""
+RANK_STOP_S = 15.0
+"""Bound of the wait for the other ranks' tickets to end."""
 
 
 class Transfers(Protocol):
@@ -97,9 +102,13 @@ class TransferGroup:
                 raise TransferError(self._error or f"ranks {missing} did not listen within {RANK_START_S:g} s")
 
     def stop(self) -> None:
-        """End this epoch on every rank."""
+        """End this epoch on every rank; what was open has ended when this returns."""
         self._order(stop=NodeStop())
         self._node.stop()
+        with self._changed:
+            all_ended = self._changed.wait_for(lambda: not (self._granted or self._sending), RANK_STOP_S)
+        if not all_ended:
+            _log.error("the other ranks did not end their transfers within %g s", RANK_STOP_S)
 
     # -- sending
 
@@ -250,10 +259,11 @@ class TransferGroup:
                 parts.state = state
                 parts.reason = f"rank {rank}: {reason}" if rank else reason
             is_last = not parts.open
-            if is_last:
-                del book[ticket_id]
         if is_last:
             parts.finish(parts.state, parts.reason)
+            with self._changed:
+                del book[ticket_id]
+                self._changed.notify_all()
         elif cancel:
             parts.cancel(parts.reason)
 

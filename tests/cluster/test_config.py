@@ -38,7 +38,6 @@ BAD = [
     ("model: {path: demo}\ndecode: {resources: {fast: -1}}\n", "fast must be at least 0"),
     ("model: {path: demo}\ndecode: {num_gpus: 1.5}\n", "a fraction of one GPU or a whole number, got 1.5"),
     ("model: {path: demo}\ndecode: {tensor_parallel: 3}\n", "decode.tensor_parallel must be 1, 2, 4 or 8, got 3"),
-    ("model: {path: demo}\ndecode: {tensor_parallel: 2}\n", "tensor_parallel must be 1 when mode is split"),
     ("model: {path: demo}\ndecode: {rank_timeout_s: 0}\n", "rank_timeout_s must be more than 0 and at most 3600"),
     ("model: {path: demo}\nmode: both\n", "c.yaml:2: mode must be one of 'split' or 'colocated', got the text 'both'"),
     ("model: {path: demo}\ncache: {block_size: 17}\n", "cache.block_size must be 8, 16, 32, 64 or 128, got 17"),
