@@ -79,10 +79,13 @@ class KVCache:
 
     @torch.inference_mode()
     def scrub(self) -> None:
-        """Put zeros where there is no number, on a GPU: what a broken request left must not reach the next owner."""
+        """Put zeros where there is no number, on a GPU: what a broken request left must not reach the next owner.
+
+        Nothing else is written, for KV of others may be arriving meanwhile.
+        """
         if self.data.is_cuda:
             for layer in self._layers:
-                layer.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+                layer[(~layer.isfinite()).nonzero(as_tuple=True)] = 0.0
 
     @property
     def device(self) -> torch.device:
