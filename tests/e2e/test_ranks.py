@@ -1,4 +1,4 @@
-"""The real cluster with a worker of two ranks, each a process that Ray starts."""
+"""The real cluster, split: prompts from a worker of one rank to one of two, each rank a process that Ray starts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ __all__ = ["alone"]
 pytestmark = pytest.mark.cluster
 
 YAML = """
-mode: colocated
+mode: split
 model: {{path: {model}}}
 cache: {{block_size: 16, num_blocks: 256}}
+prefill: {{workers: 1, device: cpu, max_step_tokens: 64, max_running: 8}}
 decode: {{workers: 1, tensor_parallel: 2, device: cpu, max_step_tokens: 64, max_running: 8, rank_timeout_s: 10}}
 router: {{port: 0, no_worker_grace_s: 40}}
 drain_s: 10
