@@ -29,6 +29,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -139,7 +140,7 @@ def measure(rig: Rig, plan: Plan, arguments: argparse.Namespace, report: Report)
                 note(f"{section}: time was up before {', '.join(dict.fromkeys(budget.skipped))}")
         except RigError as error:
             failures.append(f"{section}: {error}")
-            print(f"\n{section} failed: {error}", file=sys.stderr, flush=True)
+            traceback.print_exc()
         report.figures["failures"] = failures
         report.save()
     return failures

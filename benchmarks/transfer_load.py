@@ -137,6 +137,9 @@ def _measure(rig: Rig, plan: Plan, ctas: int, report: Report, sheet: Sheet) -> N
     try:
         rig.receiver.call("node.grant", plan.load_tickets, plan.load_tokens)
         rig.sender.call("node.push", plan.load_tickets)
+        rig.sender.call("node.load_on", plan.load_rate)  # small pieces too are moved once before anything counts
+        rig.receiver.call("node.arrivals", plan.load_tickets + 1)
+        rig.sender.call("node.load_off")
         prefill_s = rig.receiver.call("batch.begin")
         began = True
         report.say(f"decode-load: {ctas} CTAs, {plan.batch} prompts computed in {prefill_s:.1f} s")

@@ -72,8 +72,8 @@ class Plan:
 
     @property
     def load_tickets(self) -> int:
-        """Tickets granted at a time beside the decoding batch."""
-        return self.in_flight + 1
+        """Tickets granted at a time beside the decoding batch: enough to wait for a step to end before a new grant."""
+        return 2 * self.in_flight + 2
 
     @property
     def load_most_steps(self) -> int:
@@ -131,10 +131,10 @@ CPU = Plan(
     batch=4,
     batch_prompt=32,
     load_ctas=(4,),
-    load_steps=8,
+    load_steps=16,
     load_skip=2,
     load_tokens=64,
-    load_rate=2e6,
+    load_rate=20e6,
     lengths=(24, 200),
     repeats=3,
     checks=4,

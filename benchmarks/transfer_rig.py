@@ -7,19 +7,18 @@ Each sees one GPU alone: its CUDA_VISIBLE_DEVICES is set before it begins, and s
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from benchmarks.transfer_plan import Plan
 
 SENDER, RECEIVER = "sender", "receiver"
 CALL_TIMEOUT_S = 60.0
+AFTER_FAILURE_S = 10.0
 END_TIMEOUT_S = 15.0
 
 
@@ -28,55 +27,59 @@ class RigError(Exception):
 
 
 class Remote:
-    """One of the two processes, seen from the run."""
+    """One of the two processes, seen from the run. Once it has not answered in time it is not asked again."""
 
     def __init__(self, name: str, process: Any, connection: Connection) -> None:
         self.name = name
+        self.connection = connection
         self._process = process
-        self._connection = connection
-        self._numbers = itertools.count(1)
-        self._asked = (0, "")
+        self._asked = ""
+        self._lost = False
 
     def call(self, method: str, *args: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
         """Have it call a method; what that returns, or RigError."""
         self.begin(method, *args)
-        return self.result(timeout_s)
+        if not self.connection.poll(timeout_s):
+            raise self.lose(timeout_s)
+        return self.result()
 
     def begin(self, method: str, *args: Any) -> None:
         """Have it call a method; `result` must follow."""
-        self._asked = (next(self._numbers), method)
+        if self._lost:
+            raise RigError(f"the {self.name} is not asked for {method}: it gave no answer for {self._asked}")
+        self._asked = method
         try:
-            self._connection.send((*self._asked, args))
+            self.connection.send((method, args))
         except OSError as error:
             raise RigError(f"the {self.name} is gone: {error!r}") from error
 
-    def result(self, timeout_s: float = CALL_TIMEOUT_S) -> Any:
-        """What the method begun last returned."""
-        number, method = self._asked
-        deadline = time.monotonic() + timeout_s
-        while self._connection.poll(max(0.0, deadline - time.monotonic())):
-            try:
-                answered, failure, value = self._connection.recv()
-            except (EOFError, OSError) as error:
-                raise RigError(f"the {self.name} died while it was asked for {method}") from error
-            if answered != number:
-                continue  # the late answer to a call that was given up
-            if failure:
-                raise RigError(f"{method} failed in the {self.name}:\n{value}")
-            return value
-        raise RigError(f"the {self.name} did not answer {method} within {timeout_s:g} s")
+    def result(self) -> Any:
+        """What the method begun last returned; the connection has something to read."""
+        try:
+            failure, value = self.connection.recv()
+        except (EOFError, OSError) as error:
+            self._lost = True
+            raise RigError(f"the {self.name} died while it was asked for {self._asked}") from error
+        if failure:
+            raise RigError(f"{self._asked} failed in the {self.name}:\n{value}")
+        return value
+
+    def lose(self, timeout_s: float) -> RigError:
+        """Ask it for nothing any more; the error that says why."""
+        self._lost = True
+        return RigError(f"the {self.name} did not answer {self._asked} within {timeout_s:g} s")
 
     def end(self) -> None:
         """Ask it to end, wait, and end it if it does not."""
         try:
-            self._connection.send(None)
+            self.connection.send(None)
         except OSError:
             pass
-        self._process.join(END_TIMEOUT_S)
+        self._process.join(0.0 if self._lost else END_TIMEOUT_S)
         if self._process.is_alive():
             self._process.kill()
             self._process.join(END_TIMEOUT_S)
-        self._connection.close()
+        self.connection.close()
         self._process.close()
 
 
@@ -88,20 +91,30 @@ class Rig:
         self.receiver = receiver
 
     def both(self, method: str, *args: Any, timeout_s: float = CALL_TIMEOUT_S) -> list[Any]:
-        """Have both call a method at the same time; what the sender's and the receiver's returned."""
+        """Have both call a method at the same time; what the sender's and the receiver's returned.
+
+        Where one fails, the other, which may wait for it, is not waited for much longer.
+        """
         remotes = (self.sender, self.receiver)
         for remote in remotes:
             remote.begin(method, *args)
-        results: list[Any] = []
+        results: dict[str, Any] = {}
         errors: list[RigError] = []
-        for remote in remotes:
-            try:
-                results.append(remote.result(timeout_s))
-            except RigError as error:
-                errors.append(error)
+        pending = {remote.connection: remote for remote in remotes}
+        while pending:
+            ready = wait(list(pending), timeout_s)
+            if not ready:
+                errors += [remote.lose(timeout_s) for remote in pending.values()]
+                break
+            for remote in [pending.pop(connection) for connection in list(pending) if connection in ready]:
+                try:
+                    results[remote.name] = remote.result()
+                except RigError as error:
+                    errors.append(error)
+                    timeout_s = AFTER_FAILURE_S
         if errors:
             raise errors[0]
-        return results
+        return [results[remote.name] for remote in remotes]
 
 
 @contextmanager

@@ -93,6 +93,11 @@ class Side:
         """What the device reaches at best."""
         return asdict(measure_ceilings(self.device))
 
+    def synchronize(self) -> None:
+        """Return when a GPU has done everything."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
     # -- memory that KV lies in: an engine's, or a bare cache
 
     def make_cache(self) -> None:
@@ -110,6 +115,7 @@ class Side:
         )
         for layer in range(shape.num_layers):
             self._cache.layer(layer).normal_()
+        self.synchronize()
         self._pool = BlockPool(num_blocks, prefix_caching=False)
 
     def drop_cache(self) -> None:
@@ -206,12 +212,12 @@ def serve(name: str, plan: Plan, requests: Connection, link: Connection) -> None
     }
     try:
         while (request := _next(requests)) is not None:
-            number, method, args = request
+            method, args = request
             part, _, verb = method.partition(".")
             try:
-                answer = (number, False, getattr(parts[part], verb)(*args))
+                answer = (False, getattr(parts[part], verb)(*args))
             except Exception:
-                answer = (number, True, traceback.format_exc())
+                answer = (True, traceback.format_exc())
             requests.send(answer)
     finally:
         node.close()

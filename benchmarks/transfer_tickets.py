@@ -64,7 +64,6 @@ class Node:
         self._numbers = itertools.count(1)
         self._kind = ""
         self.node: TransferNode | None = None
-        self.ctas = 0
         self._source: list[int] = []
         self._granted: list[list[int]] = []
         self._arrivals: list[Arrival] = []
@@ -74,8 +73,10 @@ class Node:
         self._stop = threading.Event()
         self._pushed: list[Pushed] = []
 
-    def open(self, ctas: int, piece_mib: int | None = None, digest: Any = "auto") -> str:
-        """Start a node on the side's memory; its address."""
+    def open(self, ctas: int, piece_mib: int | None = None, digest: Any = "auto") -> float:
+        """Start a node on the side's memory; seconds that a first digest took, which no figure is to pay for."""
+        self.close()
+        first_digest_s = self._first_digest()
         epoch = next(self._epochs)
         config = TransferConfig(
             digest=digest,
@@ -93,10 +94,10 @@ class Node:
             config=config,
             secret=SECRET,
         )
-        self.ctas = ctas
         self._kind = f"tickets {epoch}"
         self._failures.clear()
-        return self.node.start()
+        self.node.start()
+        return first_digest_s
 
     def close(self) -> None:
         """Stop the node; blocks go back."""
@@ -209,7 +210,7 @@ class Node:
         """Stop; the number of tickets filled meanwhile."""
         assert self._pushing is not None, "load_on came before"
         self._stop.set()
-        self._pushing.join(2 * WAIT_S)
+        self._pushing.join(WAIT_S + PATIENCE_S)
         self._raise_failures()
         return len(self._pushed)
 
@@ -270,6 +271,15 @@ class Node:
             random.Random(0).shuffle(self._source)
         return slots_of(self._source, num_tokens, size)
 
+    def _first_digest(self) -> float:
+        began = time.monotonic()
+        on_gpu = self._side.device.type == "cuda"
+        data = torch.zeros(1 << 20, dtype=torch.uint8, device=self._side.device)
+        value = Digester(TransferConfig(digest="all"), on_gpu=on_gpu).begin(data)
+        self._side.synchronize()
+        value()
+        return time.monotonic() - began
+
     def _raise_failures(self) -> None:
         if self._failures:
             raise RuntimeError("; ".join(self._failures[:3]))
@@ -291,8 +301,7 @@ class Node:
         for layer in range(layout.num_layers):
             side.memory.gather(layer, 1, slots, range(layout.num_local_heads), piece)
             values.append(digester.begin(piece.clone().view(torch.uint8).flatten()))
-            if side.device.type == "cuda":
-                torch.cuda.synchronize()
+            side.synchronize()
         return [value() for value in values]
 
 
