@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from functools import partial
 from typing import Any
 
 from benchmarks.transfer_side import Side
@@ -74,13 +75,14 @@ class Crafts:
 
     # -- the run's calls
 
-    def alone(self, request: bytes) -> list[tuple[float, list[int]]]:
-        """Have this engine answer the whole request; the moments and tokens of its steps."""
+    def alone(self, request: bytes) -> tuple[list[tuple[float, list[int]]], float]:
+        """Have this engine answer the whole request; the moments and tokens of its steps, and seconds to the first."""
         message = pb.EngineRequest.FromString(request)
         sequence = Sequence.from_request(wire.request_from_wire(message), time.monotonic())
         self._stream(message.request_id)
         self._engine.loop.post(lambda: self._engine.scheduler.add(sequence))
-        return self.collect(message.request_id)
+        steps = self.collect(message.request_id)
+        return steps, steps[0][0] - sequence.arrival
 
     def reserve(self, request: bytes) -> bytes:
         """Promise blocks; a ReserveReply."""
@@ -91,25 +93,23 @@ class Crafts:
         reply: pb.ReserveReply = self._side.on_loop(lambda: decode.reserve(message))
         return reply.SerializeToString()
 
-    def prefill(self, request: bytes, reserved: bytes) -> tuple[bytes, float]:
-        """Compute a prompt under a ticket; the PrefillReply, and the moment when it was there."""
-        ticket = pb.ReserveReply.FromString(reserved).ticket
-        message = pb.PrefillRequest(router_id=ROUTER, request=pb.EngineRequest.FromString(request), ticket=ticket)
-        answers: queue.SimpleQueue[tuple[float, pb.PrefillReply | Exception]] = queue.SimpleQueue()
+    def prefill(self, asked: list[tuple[bytes, bytes]]) -> list[tuple[bytes, float]]:
+        """Compute prompts, each under its ticket, all posted at once; the PrefillReplies, and when they were there."""
         prefill = self._prefill
         assert prefill is not None, "the crafts are open"
-
-        def begin() -> None:
-            try:
-                prefill.prefill(message, lambda answer: answers.put((time.monotonic(), answer)))
-            except Exception as error:
-                answers.put((time.monotonic(), error))
-
-        self._engine.loop.post(begin)
-        moment, answer = answers.get(timeout=WAIT_S)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer.SerializeToString(), moment
+        waiting: list[queue.SimpleQueue[tuple[float, pb.PrefillReply | Exception]]] = []
+        for request, reserved in asked:
+            ticket = pb.ReserveReply.FromString(reserved).ticket
+            message = pb.PrefillRequest(router_id=ROUTER, request=pb.EngineRequest.FromString(request), ticket=ticket)
+            waiting.append(queue.SimpleQueue())
+            self._engine.loop.post(partial(_begin, prefill, message, waiting[-1]))
+        answers = [answers.get(timeout=WAIT_S) for answers in waiting]
+        replies = []
+        for moment, answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+            replies.append((answer.SerializeToString(), moment))
+        return replies
 
     def collect(self, request_id: str) -> list[tuple[float, list[int]]]:
         """The moments and tokens of a request's steps, once it has ended."""
@@ -188,3 +188,15 @@ class Crafts:
         if last.finish in (pb.ENGINE_FINISH_FAILED, pb.ENGINE_FINISH_ABORTED):
             raise RuntimeError(f"request {request_id} ended: {last.reason}")
         return outputs
+
+
+def _begin(
+    prefill: PrefillWorker,
+    message: pb.PrefillRequest,
+    answers: queue.SimpleQueue[tuple[float, pb.PrefillReply | Exception]],
+) -> None:
+    """Queue a prompt, on the loop's thread."""
+    try:
+        prefill.prefill(message, lambda answer: answers.put((time.monotonic(), answer)))
+    except Exception as error:
+        answers.put((time.monotonic(), error))

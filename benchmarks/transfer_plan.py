@@ -64,6 +64,8 @@ class Plan:
     """Tokens of the answer to each."""
     ctas: int = 4
     """Of the pair that hands over."""
+    together: tuple[int, int]
+    """Prompts that are asked for at once, and the tokens of each."""
     checks: int
     """Prompts whose answers are compared with one engine's."""
     check_tokens: int
@@ -84,7 +86,7 @@ class Plan:
         """Blocks of an engine's pool."""
         sequence = -(-(self.batch_prompt + self.load_most_steps) // block_size) + 1
         loaded = self.batch * sequence + self.load_tickets * -(-self.load_tokens // block_size)
-        handed_over = 4 * (-(-(max(self.lengths) + self.answer) // block_size) + 1)
+        handed_over = (4 + self.together[0]) * (-(-(max(self.lengths) + self.answer) // block_size) + 1)
         return max(loaded, handed_over) + 16
 
 
@@ -116,6 +118,7 @@ GPU = Plan(
     load_rate=5.6e9,
     lengths=(512, 2048, 8192),
     repeats=10,
+    together=(4, 2048),
     checks=16,
     check_tokens=32,
     check_prompt=(301, 97),
@@ -137,6 +140,7 @@ CPU = Plan(
     load_rate=20e6,
     lengths=(24, 200),
     repeats=3,
+    together=(2, 100),
     checks=4,
     check_tokens=8,
     check_prompt=(17, 13),

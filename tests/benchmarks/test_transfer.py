@@ -42,6 +42,9 @@ def test_it_runs_and_writes_what_it_measured(tmp_path, capfd):
         assert row["ttft_extra_ms"] == pytest.approx(row["split_ms"] - row["alone_ms"])
         assert row["pieces"] >= 1
         assert row["move_ms"] > 0
+    together = result["hand-over"]["together"]
+    assert (together["count"], together["length"], together["samples"]) == (2, 100, 4)
+    assert together["gap_ms"] > 0
     assert result["hand-over"]["answers"] == {"count": 2, "equal": 2, "parted_at": [], "tokens": CPU.check_tokens}
     printed = capfd.readouterr()
     assert all(f"{section}:" in printed.out for section in ("ceiling", "pair", "decode-load", "hand-over"))
@@ -120,6 +123,7 @@ def test_a_phase_is_compared_with_those_around_it():
 
 def test_what_is_hidden_is_the_share_of_the_move_that_the_tail_is_not():
     times = Times(alone=[0.1], split=[0.104], reserve=[0.001], gap=[0.007], step=[0.004])
+    times.alone_inside, times.split_inside = [0.099], [0.102]
     times.move, times.tail, times.pieces = [0.020], [0.002], [32]
     row = handover_row(8192, times)
     assert row["hidden"] == pytest.approx(0.9)
