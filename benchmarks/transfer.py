@@ -68,6 +68,7 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, help="hand-overs of each length")
     parser.add_argument("--checks", type=int, help="answers that are compared")
     parser.add_argument("--pair-ctas", type=int, help="CTAs of hand-over")
+    parser.add_argument("--switch-ms", type=float, help="Python's switch interval in both processes; default: Python's")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     return parser.parse_args(argv)
 
@@ -90,6 +91,7 @@ def plan_of(arguments: argparse.Namespace, device: str, directory: Path) -> Plan
     """The plan for that device, with what the command line changes."""
     plan = GPU if device == "cuda" else CPU
     changes: dict[str, Any] = {
+        "switch_s": arguments.switch_ms and arguments.switch_ms / 1e3,
         "cell_s": arguments.cell_s,
         "ceiling_ctas": arguments.ctas,
         "ceiling_mib": arguments.pieces,

@@ -35,6 +35,8 @@ class Plan:
     device: Literal["cuda", "cpu"]
     directory: str = ""
     """Holds the config.json of the engines' model."""
+    switch_s: float | None = None
+    """Python's switch interval in both processes: how long a thread may have to wait for one that computes."""
     cell_s: float = 0.3
     """Least time that a figure is measured for; a ceiling's is a third of it."""
     ceiling_ctas: tuple[int, ...]

@@ -188,10 +188,11 @@ def _judge(rows: list[dict[str, Any]]) -> None:
         return
     row = max(rows, key=lambda each: each["length"])
     note(
-        f"at {row['length']} tokens: TTFT {row['ttft_extra_ms']:+.2f} ms over the engine alone (good {TTFT_GOOD_MS:g}, "
-        f"of which reserving {row['reserve_ms']:.2f}; the engine itself "
-        f"{row['split_inside_ms'] - row['alone_inside_ms']:+.2f}), "
-        f"first to second token {row['gap_extra_ms']:+.2f} ms over a step (good {SECOND_TOKEN_GOOD_MS:g}), {row['hidden']:.1%} of the transfer hidden (good {HIDDEN_GOOD:.0%})"
+        f"at {row['length']} tokens: TTFT {row['ttft_extra_ms']:+.2f} ms over the engine alone (good {TTFT_GOOD_MS:g}), "
+        f"of which reserving {row['reserve_ms']:.2f} and the engine itself "
+        f"{row['split_inside_ms'] - row['alone_inside_ms']:+.2f}; "
+        f"first to second token {row['gap_extra_ms']:+.2f} ms over a step (good {SECOND_TOKEN_GOOD_MS:g}); "
+        f"{row['hidden']:.1%} of the transfer hidden (good {HIDDEN_GOOD:.0%})"
     )
 
 
@@ -209,7 +210,8 @@ def _together(router: Router, plan: Plan) -> dict[str, Any]:
         found[f"{name}_max_ms"] = max(values)
     note(
         f"{count} prompts of {length} tokens at once: "
-        f"tail {found['tail_ms']:.2f} ms (most {found['tail_max_ms']:.2f}), first to second token {found['gap_ms']:.2f} ms (most {found['gap_max_ms']:.2f}), step {found['step_ms']:.2f}"
+        f"tail {found['tail_ms']:.2f} ms (most {found['tail_max_ms']:.2f}), "
+        f"first to second token {found['gap_ms']:.2f} ms (most {found['gap_max_ms']:.2f}), step {found['step_ms']:.2f}"
     )
     return found
 

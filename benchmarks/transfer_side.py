@@ -6,6 +6,7 @@ import gc
 import logging
 import platform
 import queue
+import sys
 import threading
 import time
 import traceback
@@ -201,6 +202,8 @@ def serve(name: str, plan: Plan, requests: Connection, link: Connection) -> None
     from benchmarks.transfer_tickets import Node
 
     logging.basicConfig(level=logging.WARNING, format=f"{name}: %(name)s: %(message)s")
+    if plan.switch_s is not None:
+        sys.setswitchinterval(plan.switch_s)
     side = Side(name, plan, Link(link))
     node = Node(side)
     parts = {
