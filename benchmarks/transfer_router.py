@@ -188,7 +188,8 @@ def _judge(rows: list[dict[str, Any]]) -> None:
         return
     row = max(rows, key=lambda each: each["length"])
     note(
-        f"at {row['length']} tokens: TTFT {row['ttft_extra_ms']:+.2f} ms over the engine alone (good {TTFT_GOOD_MS:g}), "
+        f"at {row['length']} tokens: "
+        f"TTFT {row['ttft_extra_ms']:+.2f} ms over the engine alone (good {TTFT_GOOD_MS:g}), "
         f"of which reserving {row['reserve_ms']:.2f} and the engine itself "
         f"{row['split_inside_ms'] - row['alone_inside_ms']:+.2f}; "
         f"first to second token {row['gap_extra_ms']:+.2f} ms over a step (good {SECOND_TOKEN_GOOD_MS:g}); "
