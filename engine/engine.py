@@ -117,12 +117,13 @@ class Engine:
                 field="prompt_token_ids",
             )
         vocab_size = self.runner.config.vocab_size
-        for index, token in enumerate(request.prompt_token_ids):
-            if not 0 <= token < vocab_size:
-                raise InvalidRequestError(
-                    f"token id {token} at index {index} is outside the vocabulary of {vocab_size}",
-                    field=f"prompt_token_ids[{index}]",
-                )
+        tokens = request.prompt_token_ids
+        if not 0 <= min(tokens) <= max(tokens) < vocab_size:
+            index, token = next((i, t) for i, t in enumerate(tokens) if not 0 <= t < vocab_size)
+            raise InvalidRequestError(
+                f"token id {token} at index {index} is outside the vocabulary of {vocab_size}",
+                field=f"prompt_token_ids[{index}]",
+            )
         for token in request.resume_from:
             if not 0 <= token < vocab_size:
                 raise InvalidRequestError(

@@ -10,8 +10,8 @@ TransportName = Literal["auto", "nccl", "gloo", "loopback"]
 DigestPolicy = Literal["auto", "all", "sampled", "none"]
 SlowPairPolicy = Literal["warn", "refuse"]
 
-CPU_PIECE_MIB, GPU_PIECE_MIB = 4, 32
-PIECES_IN_STAGING = 4
+CPU_PIECE_MIB, GPU_PIECE_MIB = 4, 128
+CPU_STAGING_PIECES, GPU_STAGING_PIECES = 4, 2
 EXPECTED_GB_S = {"nccl": 10.0, "gloo": 0.05, "loopback": 0.05}
 
 
@@ -29,8 +29,10 @@ class TransferConfig:
     found, one wrong piece may not be; auto: all on a CPU, sampled on a GPU."""
     digest_share: float = 1 / 16
     """Share of the pieces that carry a digest when they are sampled."""
-    max_ctas: int = 8
-    """Blocks of threads that NCCL may use for one pair: more move faster and take more from what the GPU computes."""
+    max_ctas: int = 16
+    """Blocks of threads that NCCL may use for one pair. A matrix product that shares its GPU with a transfer loses
+    about the transfer's time, however few the blocks, so prefill wants many; decode, which reads memory, loses less
+    to few (benchmarks/RESULTS.md)."""
     max_pairs: int = 64
     """Outgoing pairs that are kept; beyond it the one that idled longest is closed."""
     expected_gb_s: float | None = None
@@ -50,11 +52,11 @@ class TransferConfig:
     idle_pair_s: float = 300.0
     """A pair with nothing to send for this long is closed."""
     staging_mib: int | None = None
-    """Most staging memory of one end of a pair, in MiB; default: four pieces. A sender whose backlog is as large
-    is not given more to compute for that pair."""
+    """Most staging memory of one end of a pair, in MiB; default: four pieces, two between GPUs. A sender whose
+    backlog is as large is not given more to compute for that pair."""
     piece_mib: int | None = None
     """Most bytes sent at once, in MiB: larger writes are cut, smaller ones joined while they wait; default: 4, and
-    32 between GPUs (four layers of 2,048 tokens of an 8B model)."""
+    128 between GPUs (16 layers of 2,048 tokens of an 8B model), where each piece costs Python 0.5 ms at both ends."""
 
     def __post_init__(self) -> None:
         for name in (

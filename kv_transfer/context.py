@@ -7,7 +7,13 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from kv_transfer.config import CPU_PIECE_MIB, GPU_PIECE_MIB, PIECES_IN_STAGING, TransferConfig
+from kv_transfer.config import (
+    CPU_PIECE_MIB,
+    CPU_STAGING_PIECES,
+    GPU_PIECE_MIB,
+    GPU_STAGING_PIECES,
+    TransferConfig,
+)
 from kv_transfer.digest import Digester
 from kv_transfer.handshake import Handshake, Identity, Means
 from kv_transfer.lane import Lane, make_lane
@@ -119,8 +125,10 @@ class NodeContext:
     @property
     def staging_bytes(self) -> int:
         """Quota of one end of a pair."""
-        configured = self.config.staging_mib
-        return configured * MIB if configured is not None else PIECES_IN_STAGING * self.piece_bytes
+        if self.config.staging_mib is not None:
+            return self.config.staging_mib * MIB
+        num_pieces = GPU_STAGING_PIECES if self.memory.device.type == "cuda" else CPU_STAGING_PIECES
+        return num_pieces * self.piece_bytes
 
     def equip(self, side: Side, transport: str) -> Equipment:
         """What one end of a pair works with."""

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -37,6 +37,7 @@ class Piece:
     slot_ids: SlotIds
     ready: Any = None
     """The event behind which the KV is written; None: it is."""
+    pushed_at: float = 0.0
 
     @property
     def num_tokens(self) -> int:
@@ -50,16 +51,15 @@ class Piece:
 
     def joined(self, other: Piece) -> Piece | None:
         """This piece and the other, pushed later, as one, where they are neighbours in layers or in tokens."""
+        ready = other.ready or self.ready
         if self.num_layers == other.num_layers and self.first_layer == other.first_layer:
             if self.first_token + self.num_tokens != other.first_token:
                 return None
-            slot_ids = np.concatenate([self.slot_ids, other.slot_ids])
-            return Piece(self.first_layer, self.num_layers, self.first_token, slot_ids, other.ready or self.ready)
+            return replace(self, slot_ids=np.concatenate([self.slot_ids, other.slot_ids]), ready=ready)
         if self.first_layer + self.num_layers == other.first_layer and self.first_token == other.first_token:
             if self.slot_ids is not other.slot_ids and not np.array_equal(self.slot_ids, other.slot_ids):
                 return None
-            num_layers = self.num_layers + other.num_layers
-            return Piece(self.first_layer, num_layers, self.first_token, self.slot_ids, other.ready or self.ready)
+            return replace(self, num_layers=self.num_layers + other.num_layers, ready=ready)
         return None
 
     def cut(self, max_places: int) -> tuple[Piece, list[Piece]]:
@@ -69,13 +69,13 @@ class Piece:
         if self.num_tokens <= max_places:
             return self._split_layers(max_places // self.num_tokens)
         layer, rest = self._split_layers(1) if self.num_layers > 1 else (self, [])
-        head = Piece(layer.first_layer, 1, layer.first_token, layer.slot_ids[:max_places], self.ready)
-        tail = Piece(layer.first_layer, 1, layer.first_token + max_places, layer.slot_ids[max_places:], self.ready)
+        head = replace(layer, slot_ids=layer.slot_ids[:max_places])
+        tail = replace(layer, first_token=layer.first_token + max_places, slot_ids=layer.slot_ids[max_places:])
         return head, [tail, *rest]
 
     def _split_layers(self, count: int) -> tuple[Piece, list[Piece]]:
-        head = Piece(self.first_layer, count, self.first_token, self.slot_ids, self.ready)
-        tail = Piece(self.first_layer + count, self.num_layers - count, self.first_token, self.slot_ids, self.ready)
+        head = replace(self, num_layers=count)
+        tail = replace(self, first_layer=self.first_layer + count, num_layers=self.num_layers - count)
         return head, [tail]
 
 
@@ -148,7 +148,9 @@ class SendJob:
                 return
             if self._state is JobState.FINISHING:
                 raise TicketError(f"ticket {ticket.ticket_id}: a push came after finish")
-            self._pieces.append(Piece(first_layer, num_layers, first_token, np.asarray(slot_ids), after))
+            self._pieces.append(
+                Piece(first_layer, num_layers, first_token, np.asarray(slot_ids), after, time.monotonic())
+            )
         self._notify()
 
     def finish(self, first: TokenOutput | None) -> None:
@@ -250,6 +252,19 @@ class SendJob:
         """Whether a piece or the first token waits to be sent."""
         with self._lock:
             return bool(self._pieces) or (self._state is JobState.FINISHING and not self._told)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is something to do for it that need not wait for the engine."""
+        with self._lock:
+            ready = self._pieces[0].ready if self._pieces else None
+            return ready is None or bool(ready.query())
+
+    @property
+    def waits_since(self) -> float:
+        """When what comes next was pushed, on the monotonic clock."""
+        with self._lock:
+            return self._pieces[0].pushed_at if self._pieces else 0.0
 
     def waiting_places(self) -> int:
         """(layer, token) places whose KV is written and has not left."""

@@ -233,13 +233,21 @@ class SenderPair:
         with self._changed:
             while not self._closed:
                 if self._ready and not outgoing.is_full:
-                    return self._ready.popleft()
+                    return self._take_turn()
                 if not outgoing.is_empty:
                     return None
                 if not self._changed.wait(None if self._jobs else idle_s) and not self._jobs:
                     self._state = PairState.CLOSED
                     self._context.counters.add(retired_pairs=1)
             return None
+
+    def _take_turn(self) -> SendJob:
+        """The next job in turn whose KV is written; else the one pushed first, for the engine goes in order."""
+        job = next((job for job in self._ready if job.is_ready), None)
+        if job is None:
+            job = min(self._ready, key=lambda job: job.waits_since)
+        self._ready.remove(job)
+        return job
 
     def _send_piece(self, outgoing: Outgoing, job: SendJob) -> None:
         piece = outgoing.prepare(job)
