@@ -59,6 +59,8 @@ class Plan:
     load_tokens: int
     load_rate: float
     """Bytes a second at which KV arrives when it is paced."""
+    load_layers: int
+    """Layers pushed at once when it is paced: those that a prefill worker joins into one piece."""
     lengths: tuple[int, ...]
     """Tokens of the prompts that are handed over."""
     repeats: int
@@ -118,6 +120,7 @@ GPU = Plan(
     load_skip=8,
     load_tokens=2048,
     load_rate=5.6e9,
+    load_layers=4,
     lengths=(512, 2048, 8192),
     repeats=10,
     together=(4, 2048),
@@ -140,6 +143,7 @@ CPU = Plan(
     load_skip=2,
     load_tokens=64,
     load_rate=20e6,
+    load_layers=1,
     lengths=(24, 200),
     repeats=3,
     together=(2, 100),
