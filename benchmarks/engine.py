@@ -25,7 +25,6 @@ import json
 import multiprocessing
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -43,28 +42,9 @@ from benchmarks.engine_ceilings import measure_ceilings
 from benchmarks.engine_floor import Ceilings, Shape
 from benchmarks.engine_peer import measure_peer
 from benchmarks.engine_report import Report, peer_row, print_report, row_of
+from benchmarks.llama_8b import config_directory
 from engine.runner import CPU_BLOCK_SIZE, GPU_BLOCK_SIZE
 
-LLAMA_8B: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "num_hidden_layers": 32,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 128256,
-    "rope_theta": 500000.0,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "torch_dtype": "bfloat16",
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
-}
 BLOCK_SIZE_CASES = ("decode-64", "prefill-8192")
 PEER_CASES = ("decode-1", "prefill-2048")
 PEER_TIMEOUT_S = 300.0
@@ -121,17 +101,6 @@ def settings_of(arguments: argparse.Namespace, directory: Path) -> Settings:
         rest=not arguments.no_rest,
         trace=not (arguments.no_trace or arguments.block_sizes),
     )
-
-
-@contextlib.contextmanager
-def config_directory(path: Path | None) -> Iterator[Path]:
-    """The directory given, or a temporary one that holds nothing but a config.json."""
-    if path is not None:
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="pdserve-config-") as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(LLAMA_8B, indent=2))
-        yield Path(folder)
 
 
 @contextlib.contextmanager

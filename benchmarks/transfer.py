@@ -37,7 +37,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.engine import LLAMA_8B
+from benchmarks.llama_8b import LLAMA_8B
 from benchmarks.transfer_ceiling import CeilingBook, run_ceiling
 from benchmarks.transfer_load import run_load
 from benchmarks.transfer_pair import run_pair

@@ -294,13 +294,13 @@ class Node:
 
     def _fingerprint(self, blocks: list[int], num_tokens: int) -> list[int]:
         side, layout = self._side, self._side.layout
-        slots = slots_of(blocks, num_tokens, layout.block_size)
+        places = side.memory.locate(slots_of(blocks, num_tokens, layout.block_size))
         digester = Digester(TransferConfig(digest="all"), on_gpu=side.device.type == "cuda")
         shape = (1, 2, num_tokens, layout.num_local_heads, layout.head_dim)
         piece = torch.empty(shape, dtype=side.memory.data.dtype, device=side.device)
         values: list[Callable[[], int]] = []
         for layer in range(layout.num_layers):
-            side.memory.gather(layer, 1, slots, range(layout.num_local_heads), piece)
+            side.memory.gather(layer, 1, places, range(layout.num_local_heads), piece)
             values.append(digester.begin(piece.clone().view(torch.uint8).flatten()))
             side.synchronize()
         return [value() for value in values]

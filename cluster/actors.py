@@ -1,7 +1,8 @@
-"""What Ray runs: one front and one engine process per worker, and the routers.
+"""What Ray runs: one front per worker and one engine process per rank of it, and the routers.
 
 Plain classes; `pool` makes them Ray actors. Each is a process of its own: when one dies Ray starts it
-again (`max_restarts`), and the worker comes back with a new epoch. SIGTERM drains, within `drain_s`.
+again (`max_restarts`), and the worker comes back with a new epoch. The ranks of a worker end together.
+SIGTERM drains, within `drain_s`.
 No token ever passes through a Ray call.
 """
 
@@ -10,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from cluster import metrics
+from cluster import metrics, pairs
 from cluster.config import ClusterConfig, PoolConfig, from_plain
 from cluster.front import FrontOptions, FrontState, WorkerFront
 from cluster.loop_thread import LoopThread
@@ -23,12 +25,20 @@ from cluster.model_load import LoadTeller
 from cluster.process import begin
 from cluster.run_dir import RunDir
 from cluster.sigterm import on_sigterm
-from engine.ipc import socket_path
+from engine.errors import RankLostError
+from engine.ipc import rank_socket_path, socket_path
 from protos import worker_pb2 as pb
 from router.app import RouterApp
 from router.store import RedisStore
 
+if TYPE_CHECKING:
+    from cluster.engine_host import EngineHost
+    from cluster.rank_host import FollowerHost
+
 log = logging.getLogger(__name__)
+
+Numbers = Callable[[], dict[str, float]]
+"""What a process says to its metrics."""
 
 START_S = 60.0
 STOP_S = 15.0
@@ -45,6 +55,8 @@ WORKER_COUNTERS = (
     "received_bytes",
     "digest_mismatches",
     "lost_peers",
+    "slow_pairs",
+    "retired_pairs",
 )
 ROUTER_COUNTERS = ("outcomes", "prompt_tokens", "cached_prompt_tokens", "generated_tokens", "failed_attempts")
 
@@ -93,37 +105,40 @@ def _exit_at_the_end() -> Iterator[None]:
         os._exit(code)
 
 
+@contextlib.contextmanager
+def _exit_if_lost() -> Iterator[None]:
+    """A rank that lost another at the start ends its process, which Ray starts again; not so a failed constructor."""
+    try:
+        yield
+    except RankLostError:
+        log.exception("this rank starts again, as another one is lost")
+        os._exit(EXIT_FAILED)
+
+
 class EngineActor:
-    """One rank of a worker: the model, its KV cache, its transfers."""
+    """One rank of a worker: the model, its KV cache; with rank 0 goes what a front talks to."""
 
     def __init__(self, spec: WorkerSpec, rank: int = 0) -> None:
-        """Load the model and warm the kernels; raises ModelError for a model that cannot be used."""
-        from cluster.engine_host import EngineHost
-        from engine.engine import Engine
+        """Load the model and warm the kernels; raises ModelError for a model that cannot be used.
 
+        A rank of several that is lost later ends this process, and so all ranks of the worker start again.
+        """
         config = from_plain(spec.config)
         secret = begin(f"engine{rank}", spec.worker_id, config, spec.run_dir, spec.redis_url)
-        pool = spec.pool_config(config)
         load = LoadTeller(RunDir(Path(spec.run_dir)), spec.worker_id if rank == 0 else f"{spec.worker_id}/{rank}")
-        engine = Engine(config.model, config.cache, pool, on_progress=load)
-        self._drain_s = config.drain_s
-        self._host = EngineHost(
-            engine,
-            role=spec.role,
-            model_name=config.model.name or engine.runner.source.name,
-            max_running=pool.max_running,
-            decode=config.admission,
-            transfer=config.transfer,
-            secret=secret,
-            socket_path=socket_path(spec.run_dir, spec.worker_id),
-        )
-        self._host.start()
-        collector = metrics.StatsCollector(
-            "engine", lambda: {**_stats(self._host.stats()), **load.stats()}, counters=WORKER_COUNTERS
-        )
+        self._drain_s = config.drain_s if rank == 0 else config.drain_s + STOP_S
+        self._drains = threading.Lock()
+        """Taken by the one drain that this process does."""
+        with _exit_if_lost():
+            self._host: EngineHost | FollowerHost
+            self._host, numbers = (
+                self._lead(spec, config, secret, load) if rank == 0 else _follow(spec, rank, secret, load)
+            )
+            self._host.start()
+        collector = metrics.StatsCollector("engine", lambda: {**numbers(), **load.stats()}, counters=WORKER_COUNTERS)
         self._metrics = metrics.serve([collector], host=config.observability.metrics_host)
         on_sigterm(self._on_sigterm)
-        log.info("engine ready", extra={"num_blocks": engine.pool.num_blocks, "metrics": self._metrics.address})
+        log.info("engine ready", extra={"num_blocks": numbers()["num_blocks"], "metrics": self._metrics.address})
 
     def ready(self) -> dict[str, Any]:
         """Answers once the engine is up."""
@@ -133,11 +148,69 @@ class EngineActor:
         """End everything; the process may be killed afterwards."""
         self._host.stop()
 
+    def _lead(
+        self, spec: WorkerSpec, config: ClusterConfig, secret: bytes, load: LoadTeller
+    ) -> tuple[EngineHost, Numbers]:
+        """Rank 0."""
+        from cluster.engine_host import EngineHost
+        from engine.engine import Engine
+        from engine.ranks import RankGroup
+
+        pool, ranks = spec.pool_config(config), None
+        if pool.tensor_parallel > 1:
+            path = rank_socket_path(spec.run_dir, spec.worker_id)
+            ranks = RankGroup(path, pool.tensor_parallel, timeout_s=pool.rank_timeout_s)
+            ranks.on_lost = lambda rank, reason: os._exit(EXIT_FAILED)
+            ranks.on_leave = lambda rank: threading.Thread(target=self._on_sigterm, name="leave", daemon=True).start()
+        engine = Engine(config.model, config.cache, pool, on_progress=load, ranks=ranks)
+        host = EngineHost(
+            engine,
+            role=spec.role,
+            model_name=config.model.name or engine.runner.source.name,
+            max_running=pool.max_running,
+            decode=config.admission,
+            transfer=config.transfer,
+            secret=secret,
+            socket_path=socket_path(spec.run_dir, spec.worker_id),
+        )
+        return host, lambda: _stats(host.stats())
+
     def _on_sigterm(self) -> None:
-        log.info("SIGTERM: draining the engine")
+        if not self._drains.acquire(blocking=False):
+            return
+        log.info("SIGTERM, here or at another rank: draining the engine")
         with _exit_at_the_end():
             self._host.drain(self._drain_s)
             self._host.stop()
+
+
+def _follow(spec: WorkerSpec, rank: int, secret: bytes, load: LoadTeller) -> tuple[FollowerHost, Numbers]:
+    """A rank other than 0; its process ends with rank 0's."""
+    from cluster.rank_host import FollowerHost
+    from engine.follower import Follower
+    from engine.model_source import fingerprint
+    from engine.runner import ModelRunner, choose_device
+
+    config = from_plain(spec.config)
+    pool = spec.pool_config(config)
+    path = rank_socket_path(spec.run_dir, spec.worker_id)
+    follower = Follower(path, rank, pool.tensor_parallel, timeout_s=pool.rank_timeout_s)
+    follower.on_lost = lambda reason: os._exit(EXIT_FAILED)
+    try:
+        parallel = follower.connect(choose_device(pool.device))
+        runner = ModelRunner(config.model, config.cache, pool, parallel=parallel, on_progress=load)
+    except BaseException:
+        follower.close()
+        raise
+    host = FollowerHost(
+        follower,
+        runner,
+        model_hash=fingerprint(runner.source, config.model.load_format),
+        transfer=config.transfer,
+        secret=secret,
+        on_end=lambda well: os._exit(EXIT_DRAINED if well else EXIT_FAILED),
+    )
+    return host, host.numbers
 
 
 class FrontActor:
@@ -146,7 +219,9 @@ class FrontActor:
     def __init__(self, spec: WorkerSpec, engine_socket: str) -> None:
         config = from_plain(spec.config)
         secret = begin("front", spec.worker_id, config, spec.run_dir, spec.redis_url)
-        collector = metrics.StatsCollector("worker", self._metric_values, counters=WORKER_COUNTERS)
+        collector = metrics.StatsCollector(
+            "worker", self._metric_values, counters=WORKER_COUNTERS, key_labels=pairs.KEY_LABELS
+        )
         self._metrics = metrics.serve([collector], host=config.observability.metrics_host)
         self._drain_s = config.drain_s
         self._start_s = config.start_timeout_s
@@ -179,10 +254,11 @@ class FrontActor:
         """State, identity, stats."""
         return {**self._front.status(), "pid": os.getpid()}
 
-    def _metric_values(self) -> dict[str, float]:
+    def _metric_values(self) -> dict[str, Any]:
         front = self._front
         return {
             **_stats(front.link.stats),
+            **pairs.gauges(front.link.pairs),
             "epoch": front.link.epoch,
             "ready": float(front.state is FrontState.SERVING),
         }

@@ -40,6 +40,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 _MIN_OBJECT_STORE_MIB = 76
+TENSOR_PARALLEL = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,10 +60,8 @@ class PoolConfig(EngineOptions):
 
     def __post_init__(self) -> None:
         EngineOptions.__post_init__(self)
-        if self.tensor_parallel != 1:
-            raise ValueError(
-                f"tensor_parallel must be 1, got {self.tensor_parallel}: workers of several ranks come later"
-            )
+        if self.tensor_parallel not in TENSOR_PARALLEL:
+            raise ValueError(f"tensor_parallel must be 1, 2, 4 or 8, got {self.tensor_parallel}")
         if not 0 <= self.workers <= 1000:
             raise ValueError(f"workers must be between 0 and 1000, got {self.workers}")
         for name, amount in (("num_cpus", self.num_cpus), ("num_gpus", self.num_gpus), *self.resources.items()):
@@ -102,6 +101,8 @@ class RayConfig:
     """host:port of a Ray cluster to join; default: a Ray of our own is started on loopback."""
     port: int = 0
     """TCP port of our own Ray; 0: any free one."""
+    num_gpus: int | None = None
+    """GPUs that our own Ray may use; default: those that it finds."""
     object_store_mib: int = 80
     """Shared memory of our own Ray's object store, in MiB; tokens and KV never pass through it."""
 
@@ -110,6 +111,8 @@ class RayConfig:
             raise ValueError(f"address must be host:port of a Ray head, got {self.address!r}")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port must be between 0 and 65535, got {self.port}")
+        if self.num_gpus is not None and self.num_gpus < 0:
+            raise ValueError(f"num_gpus must be at least 0, got {self.num_gpus}")
         if self.object_store_mib < _MIN_OBJECT_STORE_MIB:
             raise ValueError(f"object_store_mib must be at least {_MIN_OBJECT_STORE_MIB}, got {self.object_store_mib}")
 

@@ -16,12 +16,14 @@ from collections.abc import Callable
 
 from decode_pool.config import DecodeOptions
 from decode_pool.worker import DecodeWorker
-from engine.batch import OnLayer, StepPlan
+from engine.batch import LayerHook, StepPlan
 from engine.engine import Engine
 from engine.errors import CapacityError, EngineError, InvalidRequestError
 from engine.ipc import EngineServer, Send
+from engine.runner import ModelRunner
 from engine.scheduler import Emitted
 from kv_transfer.config import TransferConfig
+from kv_transfer.group import TransferGroup
 from kv_transfer.layout import KVLayout
 from kv_transfer.node import TransferNode
 from prefill_pool.worker import PrefillAborted, PrefillWorker
@@ -87,15 +89,7 @@ class EngineHost:
 
     def layout(self) -> KVLayout:
         """What a peer must agree with before any KV travels."""
-        runner = self.engine.runner
-        return KVLayout(
-            model_hash=self.engine.model_hash,
-            num_layers=runner.config.num_layers,
-            block_size=self.engine.scheduler.block_size,
-            num_kv_heads=runner.config.num_kv_heads,
-            head_dim=runner.config.head_dim,
-            dtype=str(runner.dtype).removeprefix("torch."),
-        )
+        return kv_layout(self.engine.runner, self.engine.model_hash)
 
     def _on_idle(self) -> None:
         if self.draining and (self._session is None or self._session.num_open() == 0):
@@ -114,7 +108,7 @@ class HostSession:
         self._host = host
         self._engine = host.engine
         self._send = send
-        self._node: TransferNode | None = None
+        self._node: TransferNode | TransferGroup | None = None
         self._prefill: PrefillWorker | None = None
         self._decode: DecodeWorker | None = None
         self._outbox: dict[str, list[pb.TokenOutput]] = {}
@@ -131,7 +125,10 @@ class HostSession:
             if self._node is not None and command.renew.router_id:
                 self._node.renew(command.renew.router_id)
             if command.call_id:
-                self._reply(command.call_id, pb.EngineReply(stats=self.stats()))
+                self._reply(command.call_id, pb.EngineReply(stats=self.stats(), pairs=self.pairs()))
+            return
+        if kind == "meet":
+            self._answer(command.call_id, lambda: self._meet(command.meet))
             return
         self._engine.loop.post(lambda: self._on_loop(command))
 
@@ -160,7 +157,14 @@ class HostSession:
             stats.open_sends = transfer.open_sends
             stats.num_pairs = transfer.pairs
             stats.lost_peers = transfer.lost_peers
+            stats.slow_pairs = transfer.slow_pairs
+            stats.retired_pairs = transfer.retired_pairs
         return stats
+
+    def pairs(self) -> list[pb.PairInfo]:
+        """The pairs of this epoch, in either direction; any thread may ask."""
+        node = self._node
+        return [info.to_proto() for info in node.stats().pair_infos] if node is not None else []
 
     def num_open(self) -> int:
         """Requests of any phase that this epoch still has."""
@@ -170,15 +174,7 @@ class HostSession:
         identity, host = start.identity, self._host
         if self._node is not None:
             raise EngineError("this front has already started an epoch")
-        node = TransferNode(
-            worker_id=identity.worker_id,
-            epoch=identity.epoch,
-            layout=host.layout(),
-            memory=self._engine.runner.kv_cache,
-            config=host.transfer,
-            secret=host.secret,
-        )
-        node.start()
+        node = self._start_transfers(identity)
         self._prefill = PrefillWorker(self._engine, node, emit=self._emit)
         self._decode = DecodeWorker(
             self._engine,
@@ -201,7 +197,38 @@ class HostSession:
             max_running=host.max_running,
             vocab_size=config.vocab_size,
             architecture=config.architecture,
+            control_addresses=node.addresses,
         )
+
+    def _start_transfers(self, identity: pb.WorkerIdentity) -> TransferNode | TransferGroup:
+        """This epoch's transfers, on every rank."""
+        host, ranks = self._host, self._engine.ranks
+        node = TransferNode(
+            worker_id=identity.worker_id,
+            epoch=identity.epoch,
+            layout=host.layout(),
+            memory=self._engine.runner.kv_cache,
+            config=host.transfer,
+            secret=host.secret,
+        )
+        if ranks is None:
+            node.start()
+            return node
+        group = TransferGroup(node, ranks.size, ranks.order)
+        ranks.on_report = group.hear
+        group.start()
+        return group
+
+    def _meet(self, meet: pb.MeetRequest) -> pb.EngineReply:
+        """Begin the pairs to another worker; the node does not wait for them."""
+        if self._node is None:
+            return _not_started()
+        try:
+            layout = KVLayout.from_proto(meet.layout)
+        except ValueError as error:
+            raise InvalidRequestError(str(error), field="layout") from error
+        self._node.meet(meet.worker.worker_id, meet.worker.epoch, meet.control_addresses, layout)
+        return pb.EngineReply(meet=pb.MeetReply())
 
     def _take_loop(self) -> None:
         assert self._prefill is not None
@@ -216,7 +243,7 @@ class HostSession:
 
     # ---- on the engine loop's thread ----
 
-    def _before_step(self, plan: StepPlan) -> OnLayer | None:
+    def _before_step(self, plan: StepPlan) -> LayerHook | None:
         return self._prefill.step_hook(plan) if self._prefill is not None else None
 
     def _after_step(self, emitted: list[Emitted]) -> None:
@@ -321,6 +348,20 @@ def error_message(error: Exception) -> pb.EngineError:
             return pb.EngineError(status="ABORTED", message=str(error))
         case _:
             return pb.EngineError(status="INTERNAL", message=f"{type(error).__name__}: {error}")
+
+
+def kv_layout(runner: ModelRunner, model_hash: str) -> KVLayout:
+    """How a rank's KV lies, and what of it the rank has."""
+    return KVLayout(
+        model_hash=model_hash,
+        num_layers=runner.config.num_layers,
+        block_size=runner.block_size,
+        num_kv_heads=runner.config.num_kv_heads,
+        head_dim=runner.config.head_dim,
+        dtype=str(runner.dtype).removeprefix("torch."),
+        tp_rank=runner.parallel.rank,
+        tp_size=runner.parallel.size,
+    )
 
 
 def engine_stats(engine: Engine) -> pb.WorkerStats:

@@ -14,10 +14,12 @@ import urllib.request
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from prometheus_client.core import Sample
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.config import ClusterConfig, from_plain, public_url
 from cluster.metrics import PREFIX
+from cluster.pairs import Pair, pairs_of
 from cluster.placement import wanted_workers
 from cluster.run_dir import RunDir, RunState
 from router.errors import StoreUnavailableError
@@ -52,6 +54,8 @@ class Member:
     address: str = ""
     metrics_address: str = ""
     numbers: Numbers = field(default_factory=dict)
+    pairs: list[Pair] = field(default_factory=list)
+    """Those over which it sends KV."""
 
 
 @dataclass(frozen=True)
@@ -138,17 +142,19 @@ async def _member(
 ) -> Member:
     if record is None:
         return Member(name, kind, "missing", pool=pool, role=role)
-    numbers = await asyncio.to_thread(_scrape, record.metrics_address) if record.metrics_address else {}
+    page = await asyncio.to_thread(_scrape, record.metrics_address) if record.metrics_address else []
+    numbers, epoch = None if page is None else _numbers(page), getattr(record, "epoch", 0)
     return Member(
         name,
         kind,
         _state(numbers),
         pool=pool,
         role=getattr(record, "role", role),
-        epoch=getattr(record, "epoch", 0),
+        epoch=epoch,
         address=record.address,
         metrics_address=record.metrics_address,
         numbers=numbers or {},
+        pairs=pairs_of(f"{name}/{epoch}", page or []),
     )
 
 
@@ -158,18 +164,19 @@ def _state(numbers: Numbers | None) -> Literal["ready", "starting", "silent"]:
     return "ready" if numbers.get("ready", 1.0) else "starting"
 
 
-def _scrape(address: str) -> Numbers | None:
-    """Samples without labels of a /metrics page, by their name without prefix; None if it does not answer."""
+def _scrape(address: str) -> list[Sample] | None:
+    """Our samples on a /metrics page; None if it does not answer."""
     try:
         with urllib.request.urlopen(f"http://{address}/metrics", timeout=TIMEOUT_S) as answer:
             text = answer.read(MAX_METRICS_BYTES).decode()
     except (OSError, ValueError):
         return None
     families: Any = text_string_to_metric_families(text)
+    return [sample for family in families if family.name.startswith(f"{PREFIX}_") for sample in family.samples]
+
+
+def _numbers(page: list[Sample]) -> Numbers:
+    """The samples without labels, by their names without prefix."""
     return {
-        sample.name.removeprefix(f"{PREFIX}_").partition("_")[2]: sample.value
-        for family in families
-        if family.name.startswith(f"{PREFIX}_")
-        for sample in family.samples
-        if not sample.labels
+        sample.name.removeprefix(f"{PREFIX}_").partition("_")[2]: sample.value for sample in page if not sample.labels
     }

@@ -63,7 +63,7 @@ def check(config: ClusterConfig, run_dir: RunDir) -> ClusterConfig:
             "stop it with `pdserve down`, or set PDSERVE_RUN_DIR to run another one beside it"
         )
     try:
-        source = resolve(config.model.path)
+        source = resolve(config.model.path, config.model.load_format)
         ModelConfig.load(source)
     except ModelError as error:
         raise LaunchError(str(error)) from error

@@ -5,18 +5,24 @@ latencies count from when a request was due, so that a stall is not hidden by th
 Closed loop: `concurrency` clients, each of which sends its next request when its last one has ended.
 
 A request is DUE, SENT, and ends FINISHED (with its Finished event) or FAILED (with a status's name).
+
+`run_load` is a whole measurement. Where one process cannot carry the load, or must be on time to the millisecond,
+`make_plan` makes an open loop's requests beforehand, and `run_plan` sends them from a moment that processes share.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from cluster.client import BrokenStreamError, Client, ClientError, NoClusterError, StatusError
 from protos.inference_pb2 import Finished, FinishReason, GenerateRequest, Sampling, TokenIds
+
+UNFINISHED = "UNFINISHED"
+"""The failure of a request that had not ended when its measurement did."""
 
 OnProgress = Callable[["RequestRecord"], None]
 
@@ -131,6 +137,14 @@ class RequestRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Planned:
+    """A request and when it is due, in seconds since the measurement began."""
+
+    due_s: float
+    request: GenerateRequest
+
+
+@dataclass(frozen=True, slots=True)
 class LoadResult:
     """All requests of a measurement, in the order they were due."""
 
@@ -186,63 +200,89 @@ async def run_load(client: Client, profile: LoadProfile, on_progress: OnProgress
         async with aclosing(client.generate(warmup.next())) as events:
             async for _event in events:
                 pass
-    run = _Run(client, profile, PromptMaker(profile, model.vocab_size, profile.seed), on_progress)
-    await (run.open_loop(profile.rate) if profile.rate is not None else run.closed_loop(profile.concurrency or 1))
+    run, prompts = _Run(client, on_progress), PromptMaker(profile, model.vocab_size, profile.seed)
+    if profile.rate is not None:
+        await run.follow(Planned(due_s, prompts.next()) for due_s in _arrivals(profile))
+    else:
+        await run.closed_loop(profile, prompts)
     run.records.sort(key=lambda record: record.due_s)
     return LoadResult(model.name, run.records, run.now_s())
+
+
+def make_plan(profile: LoadProfile, vocab_size: int) -> list[Planned]:
+    """All requests of an open loop; the same as `run_load` would send."""
+    prompts = PromptMaker(profile, vocab_size, profile.seed)
+    return [Planned(due_s, prompts.next()) for due_s in _arrivals(profile)]
+
+
+async def run_plan(
+    client: Client, plan: Sequence[Planned], *, model: str = "", begin_at: float | None = None, limit_s: float | None
+) -> LoadResult:
+    """Send requests when they are due, counted from `begin_at` (the clock of `time.monotonic`; default: now).
+
+    What has not ended `limit_s` seconds after the beginning fails as UNFINISHED.
+    """
+    run = _Run(client, None, begin_at)
+    try:
+        async with asyncio.timeout_at(None if limit_s is None else run.began + limit_s):
+            await run.follow(plan)
+    except TimeoutError:
+        pass
+    run.records.sort(key=lambda record: record.due_s)
+    return LoadResult(model, run.records, run.now_s())
+
+
+def _arrivals(profile: LoadProfile) -> Iterator[float]:
+    """When the requests of an open loop are due."""
+    assert profile.rate is not None
+    rng = random.Random(profile.seed ^ 0x5EED)
+    due_s, count = rng.expovariate(profile.rate), 0
+    while _goes_on(profile, count, due_s):
+        yield due_s
+        due_s += rng.expovariate(profile.rate)
+        count += 1
+
+
+def _goes_on(profile: LoadProfile, num_sent: int, now_s: float) -> bool:
+    if profile.num_requests is not None:
+        return num_sent < profile.num_requests
+    return now_s < (profile.duration_s or 0.0)
 
 
 class _Run:
     """One measurement."""
 
-    def __init__(
-        self, client: Client, profile: LoadProfile, prompts: PromptMaker, on_progress: OnProgress | None
-    ) -> None:
+    def __init__(self, client: Client, on_progress: OnProgress | None, begin_at: float | None = None) -> None:
         self._client = client
-        self._profile = profile
-        self._prompts = prompts
         self._on_progress = on_progress
         self._loop = asyncio.get_running_loop()
-        self._began = self._loop.time()
+        self.began = self._loop.time() if begin_at is None else begin_at
         self.records: list[RequestRecord] = []
 
     def now_s(self) -> float:
         """Seconds since the measurement began."""
-        return self._loop.time() - self._began
+        return self._loop.time() - self.began
 
-    async def open_loop(self, rate: float) -> None:
+    async def follow(self, plan: Iterable[Planned]) -> None:
         """Send each request when it is due, whatever became of those before."""
         async with asyncio.TaskGroup() as group:
-            for due_s in self._arrivals(rate):
-                await asyncio.sleep(due_s - self.now_s())
-                group.create_task(self._send(self._prompts.next(), due_s))
+            for planned in plan:
+                await asyncio.sleep(planned.due_s - self.now_s())
+                group.create_task(self._send(planned.request, planned.due_s))
 
-    def _arrivals(self, rate: float) -> Iterator[float]:
-        rng = random.Random(self._profile.seed ^ 0x5EED)
-        due_s, count = rng.expovariate(rate), 0
-        while self._goes_on(count, due_s):
-            yield due_s
-            due_s += rng.expovariate(rate)
-            count += 1
-
-    async def closed_loop(self, concurrency: int) -> None:
-        """Keep `concurrency` requests in flight."""
+    async def closed_loop(self, profile: LoadProfile, prompts: PromptMaker) -> None:
+        """Keep the profile's `concurrency` requests in flight."""
         num_sent = 0
 
         async def one_client() -> None:
             nonlocal num_sent
-            while self._goes_on(num_sent, now_s := self.now_s()):
+            while _goes_on(profile, num_sent, now_s := self.now_s()):
                 num_sent += 1
-                await self._send(self._prompts.next(), now_s)
+                await self._send(prompts.next(), now_s)
 
         async with asyncio.TaskGroup() as group:
-            for _ in range(concurrency):
+            for _ in range(profile.concurrency or 1):
                 group.create_task(one_client())
-
-    def _goes_on(self, num_sent: int, now_s: float) -> bool:
-        if self._profile.num_requests is not None:
-            return num_sent < self._profile.num_requests
-        return now_s < (self._profile.duration_s or 0.0)
 
     async def _send(self, request: GenerateRequest, due_s: float) -> None:
         record = RequestRecord(due_s, sent_s=self.now_s())
@@ -258,6 +298,10 @@ class _Run:
                 record.failure = "CANCELLED"
         except ClientError as error:
             record.failure, record.failure_message = _failure_name(error), str(error)
+        except asyncio.CancelledError:
+            record.failure, record.ended_s = UNFINISHED, self.now_s()
+            record.failure_message = f"not ended {record.ended_s - record.due_s:.1f} s after it was due"
+            raise
         record.ended_s = self.now_s()
         if self._on_progress is not None:
             self._on_progress(record)

@@ -2,7 +2,7 @@
 
 A `StatsCollector` turns a dataclass (or mapping) of numbers into `pdserve_<subsystem>_<field>`: a field is a
 counter where its owner says so, a gauge otherwise. A field that is itself a mapping of numbers is one family with
-a label, and one with the fields of `router.stats.Histogram` is a histogram.
+a label, or several where its keys are tuples, and one with the fields of `router.stats.Histogram` is a histogram.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class StatsCollector(Collector):
         *,
         counters: Iterable[str] = (),
         labels: Mapping[str, str] | None = None,
-        key_labels: Mapping[str, str] | None = None,
+        key_labels: Mapping[str, str | tuple[str, ...]] | None = None,
     ) -> None:
         self._subsystem = subsystem
         self._read = read
@@ -47,18 +47,19 @@ class StatsCollector(Collector):
         self._key_labels = dict(key_labels or {})
 
     def collect(self) -> Iterator[Family]:
-        """One family per field; what has no number is left out. `key_labels` names the label of a mapping's keys."""
+        """One family per field; what has no number is left out. `key_labels` names the labels of a mapping's keys."""
         for field, value in _fields(self._read()):
             if isinstance(value, int | float):
-                yield self._plain(field, [], [((), float(value))])
+                yield self._plain(field, (), [((), float(value))])
             elif isinstance(value, Mapping) and value.keys() >= _HISTOGRAM_FIELDS:
                 yield self._histogram(field, value)
             elif isinstance(value, Mapping):
-                samples = [((str(key),), float(each)) for key, each in value.items() if isinstance(each, int | float)]
-                yield self._plain(field, [self._key_labels.get(field, KEY_LABEL)], samples)
+                names = _as_tuple(self._key_labels.get(field, KEY_LABEL))
+                numbers = [(key, each) for key, each in value.items() if isinstance(each, int | float)]
+                yield self._plain(field, names, [(_as_tuple(key), float(each)) for key, each in numbers])
 
     def _plain(
-        self, field: str, names: list[str], samples: Sequence[tuple[tuple[str, ...], float]]
+        self, field: str, names: tuple[str, ...], samples: Sequence[tuple[tuple[str, ...], float]]
     ) -> CounterMetricFamily | GaugeMetricFamily:
         kind = CounterMetricFamily if field in self._counters else GaugeMetricFamily
         name = f"{PREFIX}_{self._subsystem}_{field}"
@@ -79,6 +80,10 @@ class StatsCollector(Collector):
     def describe(self) -> Iterator[Family]:
         """Nothing is asked of the stats before the first scrape."""
         return iter(())
+
+
+def _as_tuple(key: object) -> tuple[str, ...]:
+    return tuple(str(part) for part in key) if isinstance(key, tuple) else (str(key),)
 
 
 def _fields(stats: Stats) -> Iterable[tuple[str, Any]]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from engine.engine import Engine
 from engine.sequence import Sequence
-from kv_transfer.node import TransferNode
+from kv_transfer.group import Transfers
 from kv_transfer.ticket import KVTicket, ReceivedKV, TicketGrant, TicketState
 from protos import worker_pb2 as pb
 
@@ -47,7 +47,7 @@ class Reservation:
 class KVIntake:
     """The reservations of one worker."""
 
-    def __init__(self, engine: Engine, node: TransferNode, *, on_ready: OnReady, on_failed: OnFailed) -> None:
+    def __init__(self, engine: Engine, node: Transfers, *, on_ready: OnReady, on_failed: OnFailed) -> None:
         self._engine = engine
         self._node = node
         self._on_ready = on_ready

@@ -21,7 +21,7 @@ from engine.api import FinishReason, TokenOutput
 from engine.engine import Engine
 from engine.errors import CapacityError
 from engine.sequence import Sequence
-from kv_transfer.node import TransferNode
+from kv_transfer.group import Transfers
 from kv_transfer.ticket import ReceivedKV
 from protos import worker_pb2 as pb
 
@@ -46,7 +46,7 @@ class DecodeWorker:
     """Promises blocks, takes KV in, generates tokens."""
 
     def __init__(
-        self, engine: Engine, node: TransferNode, options: DecodeOptions, *, max_running: int, name: str, emit: Emit
+        self, engine: Engine, node: Transfers, options: DecodeOptions, *, max_running: int, name: str, emit: Emit
     ) -> None:
         self._engine = engine
         self._options = options

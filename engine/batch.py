@@ -23,6 +23,16 @@ OnLayer = Callable[[int, Any], None]
 
 
 @dataclass(frozen=True, slots=True)
+class LayerHook:
+    """What goes with a step: who hears of its layers, here and at the worker's other ranks."""
+
+    on_layer: OnLayer | None
+    """Hears of this rank's layers."""
+    note: bytes = b""
+    """From which each other rank makes its own on_layer (`Follower.make_hook`); empty: they have none for this step."""
+
+
+@dataclass(frozen=True, slots=True)
 class ScheduledSequence:
     """A sequence's share of a step: tokens [start, start + num_tokens) are computed."""
 

@@ -81,13 +81,18 @@ class EngineOptions:
     cuda_graphs: bool = True
     """Record the steps of common sizes once and replay them; a CPU has none."""
     tensor_parallel: int = 1
-    """Ranks of one worker."""
+    """Ranks of one worker, which share every layer: each is a process, with a GPU of its own where there are GPUs."""
+    rank_timeout_s: float = 10.0
+    """Longest that one rank of a worker may be silent, in seconds; one that says that it lives may keep the others
+    waiting within a step for twice as long (on a CPU). Then all ranks of the worker start again."""
 
     def __post_init__(self) -> None:
         for name in ("threads", "max_step_tokens", "max_running", "tensor_parallel"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 < self.rank_timeout_s <= 3600:
+            raise ValueError(f"rank_timeout_s must be more than 0 and at most 3600 seconds, got {self.rank_timeout_s}")
         if self.max_step_tokens is not None and self.max_running > self.max_step_tokens:
             raise ValueError(
                 f"max_running ({self.max_running}) must not exceed max_step_tokens ({self.max_step_tokens}): "

@@ -18,9 +18,10 @@ from engine.block_hash import root_hash
 from engine.block_pool import BlockPool
 from engine.config import CacheOptions, EngineOptions, ModelOptions
 from engine.errors import EngineError, InvalidRequestError
-from engine.loop import EngineLoop
+from engine.loop import EngineLoop, Runner
 from engine.model_source import fingerprint
-from engine.runner import ModelRunner
+from engine.ranks import STEP_TIMEOUT_S, LeadingRunner, RankGroup
+from engine.runner import ModelRunner, choose_device
 from engine.scheduler import Emitted, Scheduler
 from engine.sequence import Sequence
 
@@ -45,14 +46,19 @@ class Engine:
         options: EngineOptions | None = None,
         *,
         on_progress: OnProgress | None = None,
+        ranks: RankGroup | None = None,
     ) -> None:
         """Load the model (on_progress hears bytes of weights done, bytes in all) and set up the cache.
 
-        Raises ModelError for a model that cannot be used, CapacityError where memory does not suffice.
+        With `ranks` this is rank 0 of a worker of several: it meets them first, and ends them when it stops.
+        Raises ModelError for a model that cannot be used, CapacityError where memory does not suffice, RankLostError
+        where another rank does not come, or fails.
         """
         cache = cache or CacheOptions()
         options = options or EngineOptions()
-        self.runner = ModelRunner(model, cache, options, on_progress=on_progress)
+        self.ranks = ranks
+        """The worker's other ranks; None: there are none."""
+        self.runner = self._make_runner(model, cache, options, on_progress)
         num_blocks = self.runner.kv_cache.num_blocks
         self.max_model_len = min(self.runner.max_model_len, num_blocks * self.runner.block_size)
         self.model_hash = fingerprint(self.runner.source, model.load_format)
@@ -67,7 +73,7 @@ class Engine:
             max_model_len=self.max_model_len,
             eos_token_ids=self.runner.config.eos_token_ids,
         )
-        self.loop = EngineLoop(self.scheduler, self.runner)
+        self.loop = EngineLoop(self.scheduler, self._lead())
 
     def start(self) -> None:
         """Start the loop's thread.
@@ -76,12 +82,18 @@ class Engine:
         libraries behind it takes it 100 ms and more, and every stream would wait for that.
         """
         gc.freeze()
+        if self.ranks is not None:
+            self.ranks.settle()
         self.loop.start()
 
     def stop(self) -> None:
-        """Stop the loop's thread."""
+        """Stop the loop's thread, and end the other ranks."""
         gc.unfreeze()
-        self.loop.stop()
+        try:
+            self.loop.stop()
+        finally:
+            if self.ranks is not None:
+                self.ranks.close()
 
     def __enter__(self) -> Engine:
         self.start()
@@ -137,6 +149,25 @@ class Engine:
             if not collected[request.request_id].done.wait(max(0.0, deadline - time.monotonic())):
                 raise EngineError(f"request {request.request_id} was not answered within {timeout_s} s")
         return [collected[request.request_id].outputs for request in requests]
+
+    def _make_runner(
+        self, model: ModelOptions, cache: CacheOptions, options: EngineOptions, on_progress: OnProgress | None
+    ) -> ModelRunner:
+        if self.ranks is None:
+            return ModelRunner(model, cache, options, on_progress=on_progress)
+        try:
+            parallel = self.ranks.connect(choose_device(options.device))
+            return ModelRunner(model, cache, options, parallel=parallel, on_progress=on_progress)
+        except BaseException:
+            self.ranks.close()
+            raise
+
+    def _lead(self) -> Runner:
+        """What the loop launches steps with."""
+        if self.ranks is None:
+            return self.runner
+        on_gpu = self.runner.device.type == "cuda"
+        return LeadingRunner(self.runner, self.ranks, step_timeout_s=STEP_TIMEOUT_S if on_gpu else None)
 
     def _add_all(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:

@@ -7,6 +7,7 @@ EngineError
 │   ├── ModelNotFoundError       no such file or directory, or files are missing in it
 │   ├── BrokenModelError         a truncated or malformed file
 │   └── UnsupportedModelError    an architecture or feature this engine does not have
+├── RankLostError            another rank of this worker is gone, silent or failed: the worker's epoch is over
 └── IntegrityError           an invariant of the engine is broken: a defect
 """
 
@@ -47,6 +48,10 @@ class BrokenModelError(ModelError):
 
 class UnsupportedModelError(ModelError):
     """An architecture or feature this engine does not have."""
+
+
+class RankLostError(EngineError):
+    """Another rank of this worker is gone, silent or failed: the worker's epoch is over, and all ranks start again."""
 
 
 class IntegrityError(EngineError):

@@ -30,6 +30,7 @@ from protos import worker_pb2 as pb
 log = logging.getLogger(__name__)
 
 MAX_SOCKET_PATH = 100
+BACKLOG = 8
 SEND_TIMEOUT_S = 10.0
 """How long a front may take to read an engine's last words."""
 STOP_TIMEOUT_S = 30.0
@@ -61,6 +62,24 @@ def socket_path(run_dir: str, worker_id: str) -> str:
     return str(path)
 
 
+def listen_privately(listener: socket.socket, path: str) -> None:
+    """Bind a Unix socket to a path and listen, for this user alone; what lay there before is replaced."""
+    directory = Path(path).parent
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if directory.stat().st_uid != os.getuid():
+        raise EngineError(f"{directory} belongs to another user: remove it or set another run directory")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    listener.bind(path)
+    os.chmod(path, 0o600)
+    listener.listen(BACKLOG)
+
+
+def rank_socket_path(run_dir: str, worker_id: str) -> str:
+    """Where rank 0 of a worker listens for its other ranks."""
+    return socket_path(run_dir, f"{worker_id}.ranks")
+
+
 class EngineServer:
     """The engine's side: accepts a front, hands its commands to a session."""
 
@@ -76,15 +95,7 @@ class EngineServer:
 
     def start(self) -> None:
         """Bind and listen; the socket is open to this user alone."""
-        directory = Path(self._path).parent
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if directory.stat().st_uid != os.getuid():
-            raise EngineError(f"{directory} belongs to another user: remove it or set another run directory")
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path)
-        self._listener.bind(self._path)
-        os.chmod(self._path, 0o600)
-        self._listener.listen(4)
+        listen_privately(self._listener, self._path)
         self._threads = [threading.Thread(target=self._accept, name="ipc-accept", daemon=True)]
         self._threads[0].start()
 

@@ -79,69 +79,75 @@ class KVCache:
 
     @torch.inference_mode()
     def scrub(self) -> None:
-        """Put zeros where there is no number, on a GPU: what a broken request left must not reach the next owner."""
+        """Put zeros where there is no number, on a GPU: what a broken request left must not reach the next owner.
+
+        Nothing else is written, for KV of others may be arriving meanwhile.
+        """
         if self.data.is_cuda:
             for layer in self._layers:
-                layer.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+                layer[(~layer.isfinite()).nonzero(as_tuple=True)] = 0.0
 
     @property
     def device(self) -> torch.device:
         """Where the KV lies."""
         return self.data.device
 
-    @torch.inference_mode()
-    def gather(self, first_layer: int, num_layers: int, slot_ids: np.ndarray, heads: range, out: torch.Tensor) -> None:
+    def locate(self, slot_ids: np.ndarray) -> torch.Tensor:
+        """The slots as a tensor on the device; IntegrityError if one does not exist."""
+        if len(slot_ids) and not (slot_ids.min() >= 0 and slot_ids.max() < self.num_slots):
+            raise IntegrityError(
+                f"slots must be from 0 to {self.num_slots - 1}, got {slot_ids.min()}..{slot_ids.max()}"
+            )
+        return upload(np.ascontiguousarray(slot_ids), torch.int64, self.device)
+
+    def gather(self, first_layer: int, num_layers: int, places: torch.Tensor, heads: range, out: torch.Tensor) -> None:
         """Copy some layers' keys and values of some heads and slots into out.
 
-        out is [num_layers, 2, num_slot_ids, num_heads, head_dim], of the cache's type; on a GPU it may also lie in
-        page-locked memory, and the copy is only enqueued. Raises IntegrityError for layers, heads or slots that do
-        not exist, or an `out` of another shape or type.
+        places are what `locate` gave; out is [num_layers, 2, num_places, num_heads, head_dim], of the cache's type. On
+        a GPU it may also lie in page-locked memory, and the copy is only enqueued. Raises IntegrityError for layers
+        or heads that do not exist, or an `out` of another shape or type.
         """
-        layers, index = self._check(first_layer, num_layers, slot_ids, heads, out)
+        layers = self._check(first_layer, num_layers, places, heads, out)
         if not self.data.is_cuda:
-            out.copy_(layers.index_select(3, index).transpose(2, 3))
+            with torch.inference_mode():
+                out.copy_(layers.index_select(3, places).transpose(2, 3))
             return
         from engine.kernels.kv_pack import pack
 
         packed = out if out.is_cuda else torch.empty(out.shape, dtype=out.dtype, device=self.device)
-        pack(layers, index, packed)
+        pack(layers, places, packed)
         if packed is not out:
             out.copy_(packed, non_blocking=True)
 
-    @torch.inference_mode()
     def scatter(
-        self, first_layer: int, num_layers: int, slot_ids: np.ndarray, heads: range, data: torch.Tensor
+        self, first_layer: int, num_layers: int, places: torch.Tensor, heads: range, data: torch.Tensor
     ) -> None:
-        """The reverse of gather: copy data into the slots, which must differ from each other."""
-        layers, index = self._check(first_layer, num_layers, slot_ids, heads, data)
+        """The reverse of gather: copy data into the places, which must differ from each other."""
+        layers = self._check(first_layer, num_layers, places, heads, data)
         if not self.data.is_cuda:
-            layers.index_copy_(3, index, data.transpose(2, 3))
+            with torch.inference_mode():
+                layers.index_copy_(3, places, data.transpose(2, 3))
             return
         from engine.kernels.kv_pack import unpack
 
-        unpack(layers, index, data.to(self.device, non_blocking=True))
+        unpack(layers, places, data.to(self.device, non_blocking=True))
 
     def _check(
-        self, first_layer: int, num_layers: int, slot_ids: np.ndarray, heads: range, data: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layers and heads named (a view) and the slots as a tensor."""
+        self, first_layer: int, num_layers: int, places: torch.Tensor, heads: range, data: torch.Tensor
+    ) -> torch.Tensor:
+        """The layers and heads named: a view."""
         if num_layers < 1 or first_layer < 0 or first_layer + num_layers > self.num_layers:
             raise IntegrityError(
                 f"layers {first_layer} to {first_layer + num_layers} are not within the {self.num_layers} of this model"
             )
         if not 0 <= heads.start < heads.stop <= self.num_kv_heads:
             raise IntegrityError(f"heads {heads.start} to {heads.stop} are not within this rank's {self.num_kv_heads}")
-        if len(slot_ids) and not (slot_ids.min() >= 0 and slot_ids.max() < self.num_slots):
-            raise IntegrityError(
-                f"slots must be from 0 to {self.num_slots - 1}, got {slot_ids.min()}..{slot_ids.max()}"
-            )
-        expected = (num_layers, 2, len(slot_ids), len(heads), self.head_dim)
+        expected = (num_layers, 2, places.shape[0], len(heads), self.head_dim)
         if tuple(data.shape) != expected or data.dtype != self.data.dtype:
             raise IntegrityError(
                 f"expected {self.data.dtype} values of shape {expected}, got {data.dtype} of {tuple(data.shape)}"
             )
-        index = upload(slot_ids, torch.int64, self.device)
-        return self.data[first_layer : first_layer + num_layers, :, heads.start : heads.stop], index
+        return self.data[first_layer : first_layer + num_layers, :, heads.start : heads.stop]
 
 
 def bytes_per_block(config: ModelConfig, num_kv_heads: int, block_size: int, dtype: torch.dtype) -> int:

@@ -49,6 +49,8 @@ class EngineLink:
         self.state = LinkState.CONNECTING
         self.description = pb.WorkerDescription()
         self.stats = pb.WorkerStats()
+        self.pairs: list[pb.PairInfo] = []
+        """The worker's pairs, as of the last ping."""
         self.started = asyncio.Event()
         """Set while STARTED."""
         self.lost = asyncio.Event()
@@ -140,9 +142,10 @@ class EngineLink:
             await self.on_started()
 
     async def _watch(self, client: EngineClient) -> None:
-        """Until the engine is gone: ping it, which brings its stats."""
+        """Until the engine is gone: ping it, which brings its stats and pairs."""
         while not client.closed.is_set():
             reply = await client.call(pb.EngineCommand(renew=pb.RenewLeases()), PING_TIMEOUT_S)
+            self.pairs = list(reply.pairs)
             await self._tell(reply.stats)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(PING_PERIOD_S):
@@ -157,6 +160,7 @@ class EngineLink:
         self.started.clear()
         self.lost.set()
         self._client = None
+        self.pairs = []
         await self._tell(pb.WorkerStats())
         if self.state is LinkState.STARTED:
             self.state = LinkState.CONNECTING

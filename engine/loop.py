@@ -22,7 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Protocol, TypeVar
 
-from engine.batch import OnLayer, StepPlan, StepResult
+from engine.batch import LayerHook, StepPlan, StepResult
 from engine.errors import EngineError
 from engine.scheduler import Emitted, Scheduler
 
@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 OnStep = Callable[[list[Emitted]], None]
 """Called once after each step that produced tokens or endings, on the loop's thread."""
-StepHook = Callable[[StepPlan], OnLayer | None]
-"""Called before each step with its plan; what it returns is called as each layer's KV is written."""
+StepHook = Callable[[StepPlan], LayerHook | None]
+"""Called before each step with its plan; what it returns hears of each layer's KV as it is written."""
 
 
 class StepUnderWay(Protocol):
@@ -49,7 +49,7 @@ class Runner(Protocol):
     def run_ahead(self) -> int:
         """Steps that may be launched before the one before them is done: 0 or 1."""
 
-    def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> StepUnderWay:
+    def launch(self, plan: StepPlan, hook: LayerHook | None = None) -> StepUnderWay:
         """Begin to compute a step; steps are computed in the order of their launches."""
 
 
@@ -101,8 +101,8 @@ class EngineLoop:
         try:
             plan = self.scheduler.schedule()
             if plan is not None:
-                on_layer = self.step_hook(plan) if self.step_hook is not None else None
-                self._under_way.append((plan, self._runner.launch(plan, on_layer)))
+                hook = self.step_hook(plan) if self.step_hook is not None else None
+                self._under_way.append((plan, self._runner.launch(plan, hook)))
             if not self._under_way:
                 return False
             ahead = self._runner.run_ahead if plan is not None else 0

@@ -79,8 +79,8 @@ def demo_path() -> Path:
 def resolve(path: str, load_format: LoadFormat = "auto") -> ModelSource:
     """The model that `path` names: `demo`, a .gguf file, or a Hugging Face directory.
 
-    For dummy weights a directory needs no more than its config.json. Raises ModelNotFoundError where there is
-    nothing of the kind.
+    For dummy weights a directory needs no more than its config.json (see `has_tokenizer`).
+    Raises ModelNotFoundError where there is nothing of the kind.
     """
     if path == DEMO_NAME:
         file = demo_path()
@@ -98,6 +98,11 @@ def resolve(path: str, load_format: LoadFormat = "auto") -> ModelSource:
     if place.suffix.lower() != ".gguf":
         raise ModelNotFoundError(f"{place} is neither a .gguf file nor a directory")
     return ModelSource(ModelKind.GGUF, place, place.stem)
+
+
+def has_tokenizer(source: ModelSource) -> bool:
+    """Whether text can be cut into tokens; a directory for dummy weights may go without."""
+    return source.kind is ModelKind.GGUF or (source.path / "tokenizer.json").is_file()
 
 
 def fingerprint(source: ModelSource, load_format: LoadFormat = "auto") -> str:

@@ -16,7 +16,7 @@ import torch
 
 from engine.api import GenerateRequest, SamplingParams
 from engine.attention import make_attention
-from engine.batch import OnLayer, ScheduledSequence, StepPlan, StepResult
+from engine.batch import LayerHook, OnLayer, ScheduledSequence, StepPlan, StepResult
 from engine.batch_builder import BatchBuilder
 from engine.config import CacheOptions, EngineOptions, ModelOptions
 from engine.dummy_weights import dummy_weights
@@ -84,6 +84,7 @@ class ModelRunner:
         EngineError for a device that is not there, CapacityError where memory does not suffice.
         """
         parallel = parallel or TensorParallel()
+        self.parallel = parallel
         if parallel.size != options.tensor_parallel:
             raise EngineError(
                 f"tensor_parallel is {options.tensor_parallel}, but this runner is one of {parallel.size} ranks"
@@ -109,17 +110,19 @@ class ModelRunner:
         self._graphs: StepGraphs | None = None
         with _out_of_memory_explained(self.device, "while the weights were loaded"):
             self._decoder = self._load(model, parallel, on_progress)
+        parallel.meet("model loaded")
         with _out_of_memory_explained(self.device, "while the KV cache was made"):
-            self.kv_cache = self._make_cache(self._count_blocks(cache))
+            self.kv_cache = self._make_cache(parallel.least(self._count_blocks(cache), "num_blocks"))
         self._attention = make_attention(options.attention, self.kv_cache, self._num_heads)
 
     def run(self, plan: StepPlan, on_layer: OnLayer | None = None) -> StepResult:
         """Compute a step and wait for it."""
-        return self.launch(plan, on_layer).result()
+        return self.launch(plan, LayerHook(on_layer)).result()
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan, on_layer: OnLayer | None = None) -> LaunchedStep:
-        """Begin to compute a step; `on_layer` hears of each layer's KV, in order, once it is enqueued."""
+    def launch(self, plan: StepPlan, hook: LayerHook | None = None) -> LaunchedStep:
+        """Begin to compute a step; the hook's `on_layer` hears of each layer's KV, in order, once it is enqueued."""
+        on_layer = hook.on_layer if hook is not None else None
         arrays = self._builder.arrays(plan, self._rows_of)
         sampling = [share for share in plan.shares if share.samples]
         choices = self._choices[: len(sampling)]

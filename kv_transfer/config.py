@@ -29,7 +29,7 @@ class TransferConfig:
     found, one wrong piece may not be; auto: all on a CPU, sampled on a GPU."""
     digest_share: float = 1 / 16
     """Share of the pieces that carry a digest when they are sampled."""
-    max_ctas: int = 4
+    max_ctas: int = 8
     """Blocks of threads that NCCL may use for one pair: more move faster and take more from what the GPU computes."""
     max_pairs: int = 64
     """Outgoing pairs that are kept; beyond it the one that idled longest is closed."""
@@ -46,7 +46,7 @@ class TransferConfig:
     settle_timeout_s: float = 2.0
     """How long a sender waits for the receiver's verdict once its last piece has left."""
     connect_timeout_s: float = 5.0
-    """Bound on each phase of making a pair: dialling with the handshake, and the data channel."""
+    """Bound on dialling, and on making the data channel; a handshake that lasts longer than peer_timeout_s is lost."""
     idle_pair_s: float = 300.0
     """A pair with nothing to send for this long is closed."""
     staging_mib: int | None = None

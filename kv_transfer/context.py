@@ -16,6 +16,7 @@ from kv_transfer.ledger import TicketLedger
 from kv_transfer.staging import KVMemory, StagingPool
 from kv_transfer.timers import Janitor
 from kv_transfer.transport import ChannelOptions, Side
+from protos import worker_pb2
 
 MIB = 1 << 20
 
@@ -33,6 +34,20 @@ class PairInfo:
     latency_s: float = 0.0
     """What the self-test gave; 0 before it."""
     bytes_per_s: float = 0.0
+    is_slow: bool = False
+    """The sender's judgement of the self-test."""
+
+    def to_proto(self) -> worker_pb2.PairInfo:
+        """The message that describes this pair."""
+        return worker_pb2.PairInfo(
+            peer=self.peer,
+            direction=self.direction,
+            state=self.state,
+            transport=self.transport,
+            latency_s=self.latency_s,
+            bytes_per_s=self.bytes_per_s,
+            is_slow=self.is_slow,
+        )
 
 
 @dataclass(slots=True)

@@ -10,7 +10,6 @@ import random
 from collections.abc import Callable
 
 import torch
-import xxhash
 
 from kv_transfer.config import TransferConfig
 
@@ -40,8 +39,10 @@ class Digester:
 
     def begin(self, data: torch.Tensor) -> Value:
         """Begin to compute the digest of a flat uint8 tensor, on the current lane."""
-        if not self._on_gpu:
-            return lambda: xxhash.xxh3_64_intdigest(data.numpy().data)
-        from kv_transfer.checksum import begin_checksum
+        if self._on_gpu:
+            from kv_transfer.checksum import begin_checksum
 
-        return begin_checksum(data)
+            return begin_checksum(data)
+        from xxhash import xxh3_64_intdigest
+
+        return lambda: xxh3_64_intdigest(data.numpy().data)

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from kv_transfer.errors import TransferError
 from kv_transfer.jobs import SendJob
 from kv_transfer.staging import SlotIds
 from kv_transfer.ticket import KVTicket, SendResult, TicketState
@@ -46,8 +47,12 @@ class FanOut:
         self._num_open = len(openers)
         self._failure: SendResult | None = None
         self._jobs: list[SendJob] = []
-        for opener in openers:
-            self._jobs.append(opener(self._part_settled))
+        try:
+            for opener in openers:
+                self._jobs.append(opener(self._part_settled))
+        except TransferError as error:
+            self.abort(f"another part could not be opened: {error}")
+            raise
         if self._failure is not None:  # a part had ended before the others were there
             self.abort(f"another part ended {self._failure.state.value}: {self._failure.reason}")
 

@@ -91,12 +91,13 @@ class Handshake:
         self._identity = identity
         self._layout = layout
         self._config = config
+        self._bound_s = min(config.connect_timeout_s, config.peer_timeout_s)
         self._means = means
         self._key = pair_key(secret)
 
     def as_sender(self, control: ControlConnection, receiver: Identity, attempt: int) -> Agreed:
         """Speak first; returns when the pair is agreed, PairRefusedError says why it is not."""
-        deadline = time.monotonic() + self._config.connect_timeout_s
+        deadline = time.monotonic() + self._bound_s
         hello = PairHello(
             sender=self._identity.to_proto(),
             receiver=receiver.to_proto(),
@@ -125,7 +126,7 @@ class Handshake:
 
         The pair says PairReady when it is about to start.
         """
-        deadline = time.monotonic() + self._config.connect_timeout_s
+        deadline = time.monotonic() + self._bound_s
         hello_bytes, message = _read(control, "hello", deadline)
         hello = message.hello
         if hello.protocol_version != PROTOCOL_VERSION:

@@ -172,7 +172,8 @@ class SendJob:
         """Whether nothing more should be computed for this ticket yet; then `on_room` says, once, when to ask again."""
         if self._pair is None or self.settled or not self._pair.is_backlogged:
             return False
-        self._on_room = on_room
+        with self._lock:
+            self._on_room = on_room
         self._notify()
         return True
 
@@ -180,7 +181,8 @@ class SendJob:
 
     def made_room(self) -> None:
         """A piece has left: whoever paused may ask again."""
-        on_room, self._on_room = self._on_room, None
+        with self._lock:
+            on_room, self._on_room = self._on_room, None
         if on_room is not None:
             on_room()
 

@@ -1,13 +1,12 @@
 """Where one end of a pair does its copies: on a GPU a stream of its own, on a CPU the pair's thread.
 
-What is enqueued on a lane is done in order. `follow` lets it wait for work of others (a layer being
-computed), `mark` tells when it is done. On a CPU everything is done when it returns, and both are nothing.
+The pair's data thread enters its lane once; from then on what it enqueues is done in order, there. `follow` lets
+the lane wait for work of others (a layer being computed), `mark` tells when it has come so far. On a CPU
+everything is done when it returns, and both are nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
-from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -23,8 +22,8 @@ class Mark(Protocol):
 class Lane(Protocol):
     """The order in which one end of a pair copies."""
 
-    def active(self) -> AbstractContextManager[Any]:
-        """Within it, what the calling thread enqueues goes onto this lane."""
+    def enter(self) -> None:
+        """From now on what the calling thread enqueues goes onto this lane."""
 
     def follow(self, event: Any) -> None:
         """Let what comes next wait for an event of the engine's; None: for nothing."""
@@ -43,9 +42,8 @@ class _Done:
 class CpuLane:
     """The calling thread."""
 
-    def active(self) -> AbstractContextManager[Any]:
-        """Nothing changes but that no gradients are kept."""
-        return contextlib.nullcontext()
+    def enter(self) -> None:
+        """It is there."""
 
     def follow(self, event: Any) -> None:
         """Work on a CPU is done when it is pushed."""
@@ -72,9 +70,9 @@ class CudaLane:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device, priority=-1)
 
-    def active(self) -> AbstractContextManager[Any]:
-        """Make the lane's stream the thread's current one."""
-        return torch.cuda.stream(self._stream)
+    def enter(self) -> None:
+        """Make the lane's stream the thread's current one; streams are current thread by thread."""
+        torch.cuda.set_stream(self._stream)
 
     def follow(self, event: Any) -> None:
         """Wait for the event on the GPU, not here."""

@@ -26,15 +26,36 @@ from protos.transfer_pb2 import PieceAnnounced
 from protos.worker_pb2 import TokenOutput
 
 _MAX_REMEMBERED = 4096
+GRANT_WAIT_S = 2.0
+"""How long a rank other than 0 waits for the word that a ticket was granted, when KV comes before it."""
 
 
 @dataclass(frozen=True, slots=True)
 class SlotWrite:
     """Where a piece goes."""
 
-    slot_ids: np.ndarray  # [num_tokens] int64
-    after: Any
-    """The event that the write must come after; None: it may come now."""
+    grant: TicketGrant
+    first_token: int
+    num_tokens: int
+    block_size: int
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """Writes with equal keys go to the same slots."""
+        return (self.grant.ticket_id, self.first_token, self.num_tokens)
+
+    @property
+    def after(self) -> Any:
+        """The event that the write must come after; None: it may come now."""
+        return self.grant.after
+
+    @property
+    def slot_ids(self) -> np.ndarray:
+        """int64 [num_tokens]."""
+        places = self.first_token - self.grant.first_token + np.arange(self.num_tokens)
+        blocks = np.asarray(self.grant.block_ids, dtype=np.int64)
+        slot_ids: np.ndarray = blocks[places // self.block_size] * self.block_size
+        return slot_ids + places % self.block_size
 
 
 class Holder(Protocol):
@@ -81,6 +102,7 @@ class TicketLedger:
         self._janitor = janitor
         self._lease_s = lease_s
         self._lock = threading.Lock()
+        self._granted = threading.Condition(self._lock)
         self._open: dict[str, _Ticket] = {}
         self._blocks: set[int] = set()
         self._ended: OrderedDict[str, tuple[TicketState, str]] = OrderedDict()
@@ -107,6 +129,7 @@ class TicketLedger:
             self._blocks.update(grant.block_ids)
             missing = self._num_places(grant)
             self._open[grant.ticket_id] = _Ticket(grant, time.monotonic() + self._lease_s, missing)
+            self._granted.notify_all()
             self._set_alarm()
 
     def renew(self, owner: str) -> None:
@@ -160,7 +183,7 @@ class TicketLedger:
             for layer in range(piece.first_layer, piece.first_layer + piece.num_layers):
                 ticket.home[layer, first_head] = ticket.home.get((layer, first_head), 0) | mask
             ticket.num_writing += 1
-            return SlotWrite(self._slots(ticket.grant, piece.first_token, piece.num_tokens), ticket.grant.after)
+            return SlotWrite(ticket.grant, piece.first_token, piece.num_tokens, self._layout.block_size)
 
     def end_write(self, piece: PieceAnnounced, num_heads: int, busy_s: float, failure: str | None = None) -> None:
         """The write of a piece is over; `failure` says why it did not succeed."""
@@ -195,7 +218,9 @@ class TicketLedger:
                 return
             self._close(ticket, TicketState.DELIVERED, "")
         tail_s = max(0.0, ticket.last_home - ticket.computed_at) if ticket.first is not None else 0.0
-        received = ReceivedKV(ticket_id, ticket.first, ticket.busy_s, ticket.num_bytes, tail_s)
+        received = ReceivedKV(
+            ticket_id, ticket.first, ticket.busy_s, ticket.num_bytes, tail_s, ticket.computed_at, ticket.last_home
+        )
         run_safely(partial(ticket.grant.on_ready, received), "on_ready")
 
     # -- invariants
@@ -242,13 +267,13 @@ class TicketLedger:
     # -- below, the lock is held
 
     def _held(self, holder: Holder, ticket_id: str) -> _Ticket | None:
-        """The open ticket, now held by that pair; else None, and its sender is told the verdict."""
+        """The open ticket, now held by that pair; None if it ends or has ended, and its sender is told the verdict."""
+        if self._layout.tp_rank > 0:  # rank 0 grants, and its word may still be on the way
+            self._granted.wait_for(lambda: ticket_id in self._open or ticket_id in self._ended, GRANT_WAIT_S)
         ticket = self._open.get(ticket_id)
         if ticket is None:
             state, reason = self._ended.get(ticket_id, (TicketState.ABORTED, "no such ticket"))
             holder.tell_settled(ticket_id, state, reason)
-            return None
-        if ticket.doom is not None:
             return None
         if holder not in ticket.holders:
             taken = {head for other in ticket.holders for head in other.heads}
@@ -256,7 +281,7 @@ class TicketLedger:
                 holder.tell_settled(ticket_id, TicketState.ABORTED, "another pair brings this ticket's KV")
                 return None
             ticket.holders.append(holder)
-        return ticket
+        return ticket if ticket.doom is None else None
 
     def _incomplete(self, ticket: _Ticket, holder: Holder, first: TokenOutput | None) -> str | None:
         """Why a holder cannot have sent all of its part."""
@@ -298,12 +323,6 @@ class TicketLedger:
     @staticmethod
     def _mask(ticket: _Ticket, piece: PieceAnnounced) -> int:
         return ((1 << piece.num_tokens) - 1) << (piece.first_token - ticket.grant.first_token)
-
-    def _slots(self, grant: TicketGrant, first_token: int, num_tokens: int) -> np.ndarray:
-        places = np.arange(first_token - grant.first_token, first_token - grant.first_token + num_tokens)
-        blocks = np.asarray(grant.block_ids, dtype=np.int64)
-        slot_ids: np.ndarray = blocks[places // self._layout.block_size] * self._layout.block_size
-        return slot_ids + places % self._layout.block_size
 
     def _end(self, ticket: _Ticket, state: TicketState, reason: str) -> None:
         if ticket.num_writing:

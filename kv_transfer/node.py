@@ -72,6 +72,7 @@ class TransferNode:
             janitor=self._janitor,
             counters=Counters(),
         )
+        self.identity = identity
         self._peers = PeerTable(self._context)
         self._lock = threading.Lock()
         self._outgoing: dict[PairKey, SenderPair] = {}
@@ -79,6 +80,11 @@ class TransferNode:
         self._attempts = itertools.count(1)
         self._address = ""
         self._stopped = False
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """host:port of the control listener, as a ticket names it."""
+        return (self._address,)
 
     def start(self) -> str:
         """Bind the control listener to a free port; returns host:port, or raises TransferError."""
@@ -154,25 +160,26 @@ class TransferNode:
                 raise PairError(f"worker {context.identity} has stopped: nothing can be sent")
             pair = self._outgoing.get(_key(receiver))
             if pair is None or not pair.adopt(job):
-                self._new_pair(receiver).adopt(job)
+                self._new_pair(receiver, job)
         return job
 
-    def _new_pair(self, receiver: Receiver) -> SenderPair:
-        """Make a pair; the lock is held."""
-        self._retire_one()
+    def _new_pair(self, receiver: Receiver, job: SendJob | None = None) -> None:
+        """Make a pair, with its first job if there is one; the lock is held."""
+        self._make_room()
         pair = SenderPair(self._context, receiver, next(self._attempts), on_closed=self._forget)
         self._outgoing[_key(receiver)] = pair
         self._alive.add(pair)
+        if job is not None:
+            pair.adopt(job)
         pair.start()
-        return pair
 
-    def _retire_one(self) -> None:
-        """Under the cap of pairs: close the one that idled longest, if any idles."""
-        if len(self._outgoing) >= self._context.config.max_pairs:
-            for pair in sorted(self._outgoing.values(), key=lambda pair: pair.idle_since):
-                if pair.retire():
-                    del self._outgoing[_key(pair.receiver)]
-                    return
+    def _make_room(self) -> None:
+        """Keep one more pair within the cap: close those that idled longest, as far as any idle."""
+        num_over = len(self._outgoing) + 1 - self._context.config.max_pairs
+        for pair in sorted(self._outgoing.values(), key=lambda pair: pair.idle_since):
+            if num_over > 0 and pair.retire():
+                del self._outgoing[_key(pair.receiver)]
+                num_over -= 1
 
     def _forget(self, pair: SenderPair) -> None:
         with self._lock:

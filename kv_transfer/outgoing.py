@@ -11,13 +11,14 @@ from __future__ import annotations
 import logging
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from kv_transfer.context import Equipment, NodeContext
 from kv_transfer.errors import TransferError
 from kv_transfer.jobs import Piece, SendJob
-from kv_transfer.staging import as_piece
+from kv_transfer.staging import SlotIds, as_piece
 from kv_transfer.ticket import TicketState
 from kv_transfer.transport import Transfer, Transport
 from kv_transfer.watch import Watch
@@ -69,6 +70,8 @@ class Outgoing:
         self._in_flight: deque[_InFlight] = deque()
         self._max_pieces = min(MAX_IN_FLIGHT, max(1, context.staging_bytes // context.piece_bytes))
         self._num_announced = 0
+        self._located: tuple[SlotIds, Any] | None = None
+        """The slots used last and their places: the layers of one push share them."""
 
     @property
     def is_full(self) -> bool:
@@ -106,8 +109,7 @@ class Outgoing:
     def send(self, piece: Prepared) -> None:
         """Start to send a piece that has been announced."""
         num_bytes = piece.announced.num_bytes
-        with self._equipment.lane.active():
-            transfer = self._transport.send(piece.buffer[:num_bytes])
+        transfer = self._transport.send(piece.buffer[:num_bytes])
         self._in_flight.append(_InFlight(transfer, piece.buffer))
         self._context.counters.add(sent_bytes=num_bytes, sent_pieces=1)
 
@@ -115,29 +117,30 @@ class Outgoing:
         """All of a job has been announced."""
         self._in_flight.append(_InFlight(finished=job))
 
-    def reap(self) -> SendJob | None:
-        """Wait until the oldest thing in flight has left; the job, if it was the end of one."""
-        oldest = self._in_flight.popleft()
-        if oldest.transfer is not None and oldest.buffer is not None:
-            lane, bound_s = self._equipment.lane, self._context.config.peer_timeout_s
-            with self._watch.waiting(f"{self._receiver} to take a piece", bound_s), lane.active():
-                oldest.transfer.wait()
-                lane.mark().wait()
-            self._equipment.staging.release(oldest.buffer)
-        return oldest.finished
+    def reap(self) -> list[SendJob]:
+        """Wait until the older half of what is in flight has left; the jobs whose end was among it."""
+        leaving = [self._in_flight.popleft() for _ in range((len(self._in_flight) + 1) // 2)]
+        bound_s = self._context.config.peer_timeout_s
+        with self._watch.waiting(f"{self._receiver} to take a piece", bound_s):
+            for item in leaving:
+                if item.transfer is not None:
+                    item.transfer.wait()
+            self._equipment.lane.mark().wait()
+        for item in leaving:
+            if item.buffer is not None:
+                self._equipment.staging.release(item.buffer)
+        return [item.finished for item in leaving if item.finished is not None]
 
     def _copy(self, job: SendJob, piece: Piece, buffer: torch.Tensor) -> PieceAnnounced:
         """Fill the buffer with a piece and wait until it is there; what to say of it."""
         equipment, layout = self._equipment, self._context.layout
         data = buffer[: piece.num_places * len(self._heads) * layout.bytes_per_head]
         out = as_piece(data, layout, piece.num_layers, piece.num_tokens, len(self._heads))
-        digest = None
-        with equipment.lane.active():
-            equipment.lane.follow(piece.ready)
-            self._context.memory.gather(piece.first_layer, piece.num_layers, piece.slot_ids, self._heads, out)
-            if equipment.digester.wanted():
-                digest = equipment.digester.begin(data)
-            done = equipment.lane.mark()
+        places = self._locate(piece.slot_ids)
+        equipment.lane.follow(piece.ready)
+        self._context.memory.gather(piece.first_layer, piece.num_layers, places, self._heads, out)
+        digest = equipment.digester.begin(data) if equipment.digester.wanted() else None
+        done = equipment.lane.mark()
         with self._watch.waiting(f"the engine to write layer {piece.first_layer} of a piece", COMPUTE_BOUND_S):
             done.wait()
         return PieceAnnounced(
@@ -150,3 +153,8 @@ class Outgoing:
             digest=digest() if digest is not None else 0,
             has_digest=digest is not None,
         )
+
+    def _locate(self, slot_ids: SlotIds) -> Any:
+        if self._located is None or self._located[0] is not slot_ids:
+            self._located = (slot_ids, self._context.memory.locate(slot_ids))
+        return self._located[1]

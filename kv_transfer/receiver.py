@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -83,6 +84,8 @@ class ReceiverPair:
         self._watch = Watch()
         self._is_ready = False
         self._measured = Measured()
+        self._located: tuple[object, Any] | None = None
+        """The tokens written last, and their places."""
         self._next_number = 1
         self._busy_until = 0.0
         self._store = PairStore(self._publish, context.config.connect_timeout_s)
@@ -171,6 +174,7 @@ class ReceiverPair:
 
     def _run(self) -> None:
         try:
+            self._equipment.lane.enter()
             self._transport = open_transport(self._agreed.transport, self._equipment.channel, self._store)
             while not self._closed:
                 self._step()
@@ -209,7 +213,7 @@ class ReceiverPair:
         assert buffer is not None, "nothing is posted"
         assert self._transport is not None
         lane, bound_s = self._equipment.lane, self._context.config.peer_timeout_s
-        with self._watch.waiting(f"a probe of {self.sender}", bound_s), lane.active():
+        with self._watch.waiting(f"a probe of {self.sender}", bound_s):
             self._transport.recv(buffer[: probe.num_bytes]).wait()
             lane.mark().wait()
         self._control.send(ControlMessage(probe_seen=ProbeSeen()))
@@ -232,8 +236,7 @@ class ReceiverPair:
                 return
             self._inbox.popleft()
             self._next_number += 1
-            with self._equipment.lane.active():
-                transfer = self._transport.recv(buffer[: piece.num_bytes])
+            transfer = self._transport.recv(buffer[: piece.num_bytes])
             self._posted.append(_Incoming(piece, heard_at, buffer, transfer))
 
     def _land(self, incoming: _Incoming) -> None:
@@ -243,7 +246,7 @@ class ReceiverPair:
         bound_s = self._context.config.peer_timeout_s
         slots = failure = None
         try:
-            with self._watch.waiting(f"piece {piece.sequence_number} of {self.sender}", bound_s), lane.active():
+            with self._watch.waiting(f"piece {piece.sequence_number} of {self.sender}", bound_s):
                 incoming.transfer.wait()
                 digest = self._equipment.digester.begin(data) if piece.has_digest else None
                 if self._equipment.digester.is_prompt:
@@ -282,11 +285,17 @@ class ReceiverPair:
         view = as_piece(data, self._context.layout, piece.num_layers, piece.num_tokens, len(self.heads))
         try:
             self._equipment.lane.follow(slots.after)
-            self._context.memory.scatter(piece.first_layer, piece.num_layers, slots.slot_ids, self.heads, view)
+            self._context.memory.scatter(piece.first_layer, piece.num_layers, self._locate(slots), self.heads, view)
         except Exception as error:
             _log.exception("writing KV of ticket %s failed", piece.ticket_id)
             return f"writing KV failed: {error!r}"
         return None
+
+    def _locate(self, slots: SlotWrite) -> Any:
+        """The places of a piece; pieces of several layers of the same tokens share them."""
+        if self._located is None or self._located[0] != slots.key:
+            self._located = (slots.key, self._context.memory.locate(slots.slot_ids))
+        return self._located[1]
 
     def _publish(self, key: str, value: bytes) -> None:
         self._control.send(ControlMessage(store_set=StoreSet(key=key, value=value)))

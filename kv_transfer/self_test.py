@@ -45,9 +45,15 @@ class SelfTest:
         self._say = say
         self._timeout_s = timeout_s
         self._answers = threading.Semaphore(0)
+        self._ended: str | None = None
 
     def seen(self) -> None:
         """The receiver has a probe."""
+        self._answers.release()
+
+    def end(self, reason: str) -> None:
+        """Nothing will be seen any more; from any thread."""
+        self._ended = reason
         self._answers.release()
 
     def run(self, transport: Transport, equipment: Equipment, large_bytes: int) -> Measured:
@@ -60,20 +66,23 @@ class SelfTest:
             for _ in range(NUM_PROBES):
                 began = time.monotonic()
                 self._say(ControlMessage(probe=Probe(num_bytes=size)))
-                with equipment.lane.active():
-                    transfer = transport.send(buffer[:size])
-                if not self._answers.acquire(timeout=self._timeout_s):
-                    raise PeerLostError(f"a probe of {size} bytes had not come after {self._timeout_s:g} s")
+                transfer = transport.send(buffer[:size])
+                self._await_answer(size)
                 times[size].append(time.monotonic() - began)
-                with equipment.lane.active():
-                    transfer.wait()
-                    equipment.lane.mark().wait()
+                transfer.wait()
+                equipment.lane.mark().wait()
         equipment.staging.release(buffer)
         latency_s = min(times[SMALL_BYTES])
         rate = large_bytes / max(min(times[large_bytes]) - latency_s, 1e-6)
         measured = Measured(latency_s, rate)
         self._say(ControlMessage(measured=measured.to_proto()))
         return measured
+
+    def _await_answer(self, size: int) -> None:
+        if not self._answers.acquire(timeout=self._timeout_s):
+            raise PeerLostError(f"a probe of {size} bytes had not come after {self._timeout_s:g} s")
+        if self._ended is not None:
+            raise PeerLostError(f"a probe of {size} bytes did not come: {self._ended}")
 
 
 def judge(measured: Measured, transport: str, config: TransferConfig, peer: str) -> bool:

@@ -85,6 +85,7 @@ class SenderPair:
         self._control: ControlConnection | None = None
         self._transport: Transport | None = None
         self._measured = Measured()
+        self._is_slow = False
         self._transport_name = ""
         self._test = SelfTest(self._say, context.config.connect_timeout_s)
         self._watch = Watch()
@@ -108,7 +109,13 @@ class SenderPair:
         """The pair as others see it."""
         measured = self._measured
         return PairInfo(
-            str(self.receiver), "to", self._state.value, self._transport_name, measured.latency_s, measured.bytes_per_s
+            peer=str(self.receiver),
+            direction="to",
+            state=self._state.value,
+            transport=self._transport_name,
+            latency_s=measured.latency_s,
+            bytes_per_s=measured.bytes_per_s,
+            is_slow=self._is_slow,
         )
 
     @property
@@ -188,6 +195,7 @@ class SenderPair:
         self._listener.start()
         self._transport_name = agreed.transport
         equipment = self._context.equip(Side.SENDER, agreed.transport)
+        equipment.lane.enter()
         transport = open_transport(agreed.transport, equipment.channel, self._store)
         with self._changed:
             self._transport = transport
@@ -196,6 +204,7 @@ class SenderPair:
         self._measured = self._test.run(transport, equipment, self._context.piece_bytes)
         self._outgoing = Outgoing(self._context, equipment, transport, self.heads.heads, str(receiver), self._watch)
         if not judge(self._measured, agreed.transport, config, str(receiver)):
+            self._is_slow = True
             self._context.counters.add(slow_pairs=1)
         with self._changed:
             if self._state is PairState.CONNECTING:
@@ -242,8 +251,8 @@ class SenderPair:
         job.made_room()
 
     def _reap(self, outgoing: Outgoing) -> None:
-        """Wait for the oldest thing in flight."""
-        if (finished := outgoing.reap()) is not None:
+        """Wait for the older half of what is in flight."""
+        for finished in outgoing.reap():
             self._await_verdict(finished)
 
     def _await_verdict(self, job: SendJob) -> None:
@@ -347,6 +356,7 @@ class SenderPair:
 
     def _hang_up(self, reason: str) -> None:
         self._store.close(reason)
+        self._test.end(reason)
         if self._transport is not None:
             self._transport.abort()
         if self._control is not None:

@@ -27,13 +27,16 @@ class KVMemory(Protocol):
     def device(self) -> torch.device:
         """Where the KV lies."""
 
-    def gather(self, first_layer: int, num_layers: int, slot_ids: SlotIds, heads: range, out: torch.Tensor) -> None:
-        """Copy the KV of some heads at slot_ids of layers [first_layer, first_layer + num_layers) into a piece.
+    def locate(self, slot_ids: SlotIds) -> Any:
+        """The places of these slots, for `gather` and `scatter` on the same lane: on a GPU a tensor there."""
+
+    def gather(self, first_layer: int, num_layers: int, places: Any, heads: range, out: torch.Tensor) -> None:
+        """Copy the KV of some heads at these places of layers [first_layer, first_layer + num_layers) into a piece.
 
         On a GPU the copy is enqueued on the current stream.
         """
 
-    def scatter(self, first_layer: int, num_layers: int, slot_ids: SlotIds, heads: range, data: torch.Tensor) -> None:
+    def scatter(self, first_layer: int, num_layers: int, places: Any, heads: range, data: torch.Tensor) -> None:
         """The reverse: copy a piece to its places."""
 
 

@@ -100,6 +100,9 @@ class ReceivedKV:
     num_bytes: int
     tail_s: float
     """First token computed to last piece home; 0 if everything was home before."""
+    computed_at: float = 0.0
+    """When the first token was computed, and below when the last piece came home: monotonic clock."""
+    last_home: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -64,7 +64,7 @@ class ChannelOptions:
     """Bound on each transfer."""
     device: torch.device | None = None
     """Where the staging lies; None: in the CPU's memory."""
-    max_ctas: int = 4
+    max_ctas: int = 8
     """For NCCL, see `config`."""
 
 

@@ -18,6 +18,7 @@ from engine.sequence import Sequence
 from kv_transfer.fan_out import Outlet
 from kv_transfer.ticket import KVTicket
 from protos import worker_pb2 as pb
+from protos.transfer_pb2 import PushNote
 
 
 class KVPush:
@@ -27,21 +28,27 @@ class KVPush:
         self, sequence: Sequence, ticket: KVTicket, outlet: Outlet, *, num_layers: int, block_size: int
     ) -> None:
         self._sequence = sequence
+        self._ticket_id = ticket.ticket_id
         self._outlet = outlet
         self._num_layers = num_layers
         self._block_size = block_size
         self._next_token = ticket.first_token
         """Tokens before this one have been pushed in every layer, or are not wanted."""
 
-    def begin_step(self, share: ScheduledSequence) -> StepPush | None:
-        """What to push of this step's tokens; first sends what the prefix cache already held."""
+    def begin_step(self, share: ScheduledSequence, note: PushNote) -> StepPush | None:
+        """What to push of this step's tokens; first sends what the prefix cache already held.
+
+        The note tells the worker's other ranks the same.
+        """
         if share.start > self._next_token:
-            self._outlet.push(0, self._num_layers, self._next_token, self._slots(self._next_token, share.start))
-            self._next_token = share.start
+            first, self._next_token = self._next_token, share.start
+            self._outlet.push(0, self._num_layers, first, self._slots(first, share.start))
+            note.pushes.append(self._note(first, share.start, is_there=True))
         end = share.start + share.num_tokens
         if end <= self._next_token:
             return None
         first, self._next_token = self._next_token, end
+        note.pushes.append(self._note(first, end, is_there=False))
         return StepPush(self._outlet, first, self._slots(first, end))
 
     def must_pause(self, on_room: Callable[[], None]) -> bool:
@@ -55,6 +62,16 @@ class KVPush:
     def abort(self, reason: str) -> None:
         """Send nothing more than what is announced."""
         self._outlet.abort(reason)
+
+    def _note(self, start: int, end: int, *, is_there: bool) -> PushNote.Push:
+        size = self._block_size
+        return PushNote.Push(
+            ticket_id=self._ticket_id,
+            first_token=start,
+            num_tokens=end - start,
+            block_ids=self._sequence.block_ids[start // size : -(-end // size)],
+            is_there=is_there,
+        )
 
     def _slots(self, start: int, end: int) -> np.ndarray:
         size, tokens = self._block_size, np.arange(start, end)

@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 MAX_PREFILL_S = 3600.0
 """Bound of the wait for a first token where the request has no deadline."""
+MEET_TIMEOUT_S = 5.0
 ABORT_TIMEOUT_S = 5.0
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -58,6 +59,20 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             },
         )
         return done
+
+    async def Meet(self, request: pb.MeetRequest, context: Context) -> pb.MeetReply:
+        """Have the engine begin the pair to a worker; says nothing of how that ends."""
+        if self.draining:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "this worker is draining")
+        if refusal := self._link.stale(request.epoch):
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, refusal)
+        try:
+            reply = await self._link.call(pb.EngineCommand(meet=request), MEET_TIMEOUT_S)
+        except EngineGoneError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        if reply.WhichOneof("result") == "error":
+            await refuse(context, reply.error)
+        return reply.meet
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortReply:
         """End a prefill in any phase."""

@@ -20,14 +20,15 @@ from typing import Any
 
 from engine import wire
 from engine.api import FinishReason, TokenOutput
-from engine.batch import OnLayer, StepPlan
+from engine.batch import LayerHook, StepPlan
 from engine.engine import Engine
 from engine.errors import CapacityError, EngineError, InvalidRequestError
 from engine.sequence import Sequence
-from kv_transfer.node import TransferNode
+from kv_transfer.group import Transfers
 from kv_transfer.ticket import KVTicket, SendResult, TicketState
 from prefill_pool.kv_push import KVPush
 from protos import worker_pb2 as pb
+from protos.transfer_pb2 import PushNote
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class PrefillTask:
 class PrefillWorker:
     """Computes prompts for other workers."""
 
-    def __init__(self, engine: Engine, node: TransferNode, *, emit: Emit) -> None:
+    def __init__(self, engine: Engine, node: Transfers, *, emit: Emit) -> None:
         self._engine = engine
         self._node = node
         self._emit = emit
@@ -113,24 +114,25 @@ class PrefillWorker:
         for task in list(self._tasks.values()):
             self._end(task, "the worker's epoch is over")
 
-    def step_hook(self, plan: StepPlan) -> OnLayer | None:
+    def step_hook(self, plan: StepPlan) -> LayerHook | None:
         """Before a step: which layers' KV to send as they are written."""
-        pushes = []
+        pushes, note = [], PushNote()
         for share in plan.shares:
             sequence = share.sequence
             if sequence.prefill_only:
                 task = self._tasks[sequence.request.request_id, sequence.request.attempt]
-                push = task.push.begin_step(share)
+                push = task.push.begin_step(share, note)
                 if push is not None:
                     pushes.append(push)
-        if not pushes:
+        if not note.pushes:
             return None
+        note_bytes = note.SerializeToString() if self._engine.ranks is not None else b""
 
         def on_layer(layer: int, event: Any) -> None:
             for push in pushes:
                 push.layer_written(layer, event)
 
-        return on_layer
+        return LayerHook(on_layer if pushes else None, note_bytes)
 
     def must_pause(self, sequence: Sequence) -> bool:
         """Whether a prompt's receiver is too far behind for more of it to be computed now."""

@@ -167,6 +167,22 @@ class PrefillReply(_message.Message):
     prefill_s: float
     def __init__(self, first: _Optional[_Union[TokenOutput, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ...) -> None: ...
 
+class MeetRequest(_message.Message):
+    __slots__ = ("epoch", "worker", "control_addresses", "layout")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    CONTROL_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    worker: WorkerIdentity
+    control_addresses: _containers.RepeatedScalarFieldContainer[str]
+    layout: Layout
+    def __init__(self, epoch: _Optional[int] = ..., worker: _Optional[_Union[WorkerIdentity, _Mapping]] = ..., control_addresses: _Optional[_Iterable[str]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ...) -> None: ...
+
+class MeetReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class AbortRequest(_message.Message):
     __slots__ = ("request_id", "attempt", "reason")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
@@ -202,7 +218,7 @@ class AttachRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[AttachHello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
 
 class WorkerDescription(_message.Message):
-    __slots__ = ("identity", "role", "model_name", "layout", "num_blocks", "max_model_len", "max_running", "vocab_size", "architecture")
+    __slots__ = ("identity", "role", "model_name", "layout", "num_blocks", "max_model_len", "max_running", "vocab_size", "architecture", "control_addresses")
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
@@ -212,6 +228,7 @@ class WorkerDescription(_message.Message):
     MAX_RUNNING_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
+    CONTROL_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     identity: WorkerIdentity
     role: str
     model_name: str
@@ -221,7 +238,8 @@ class WorkerDescription(_message.Message):
     max_running: int
     vocab_size: int
     architecture: str
-    def __init__(self, identity: _Optional[_Union[WorkerIdentity, _Mapping]] = ..., role: _Optional[str] = ..., model_name: _Optional[str] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_running: _Optional[int] = ..., vocab_size: _Optional[int] = ..., architecture: _Optional[str] = ...) -> None: ...
+    control_addresses: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, identity: _Optional[_Union[WorkerIdentity, _Mapping]] = ..., role: _Optional[str] = ..., model_name: _Optional[str] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_running: _Optional[int] = ..., vocab_size: _Optional[int] = ..., architecture: _Optional[str] = ..., control_addresses: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class TokenOutput(_message.Message):
     __slots__ = ("request_id", "attempt", "offset", "token_ids", "logprobs", "finish", "reason", "timing", "cached_tokens")
@@ -262,7 +280,7 @@ class DecodeTiming(_message.Message):
     def __init__(self, transfer_tail_s: _Optional[float] = ..., transfer_busy_s: _Optional[float] = ..., transfer_bytes: _Optional[int] = ..., first_step_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ...) -> None: ...
 
 class WorkerStats(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_reserved", "free_blocks", "num_blocks", "waiting_tokens", "open_tickets", "steps", "computed_tokens", "cached_tokens", "preemptions", "sent_bytes", "received_bytes", "digest_mismatches", "generated_tokens", "findable_blocks", "open_sends", "num_pairs", "lost_peers")
+    __slots__ = ("num_running", "num_waiting", "num_reserved", "free_blocks", "num_blocks", "waiting_tokens", "open_tickets", "steps", "computed_tokens", "cached_tokens", "preemptions", "sent_bytes", "received_bytes", "digest_mismatches", "generated_tokens", "findable_blocks", "open_sends", "num_pairs", "lost_peers", "slow_pairs", "retired_pairs")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_RESERVED_FIELD_NUMBER: _ClassVar[int]
@@ -282,6 +300,8 @@ class WorkerStats(_message.Message):
     OPEN_SENDS_FIELD_NUMBER: _ClassVar[int]
     NUM_PAIRS_FIELD_NUMBER: _ClassVar[int]
     LOST_PEERS_FIELD_NUMBER: _ClassVar[int]
+    SLOW_PAIRS_FIELD_NUMBER: _ClassVar[int]
+    RETIRED_PAIRS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_reserved: int
@@ -301,7 +321,27 @@ class WorkerStats(_message.Message):
     open_sends: int
     num_pairs: int
     lost_peers: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_reserved: _Optional[int] = ..., free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., open_tickets: _Optional[int] = ..., steps: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., digest_mismatches: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., findable_blocks: _Optional[int] = ..., open_sends: _Optional[int] = ..., num_pairs: _Optional[int] = ..., lost_peers: _Optional[int] = ...) -> None: ...
+    slow_pairs: int
+    retired_pairs: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_reserved: _Optional[int] = ..., free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., open_tickets: _Optional[int] = ..., steps: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., digest_mismatches: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., findable_blocks: _Optional[int] = ..., open_sends: _Optional[int] = ..., num_pairs: _Optional[int] = ..., lost_peers: _Optional[int] = ..., slow_pairs: _Optional[int] = ..., retired_pairs: _Optional[int] = ...) -> None: ...
+
+class PairInfo(_message.Message):
+    __slots__ = ("peer", "direction", "state", "transport", "latency_s", "bytes_per_s", "is_slow")
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    DIRECTION_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_S_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    IS_SLOW_FIELD_NUMBER: _ClassVar[int]
+    peer: str
+    direction: str
+    state: str
+    transport: str
+    latency_s: float
+    bytes_per_s: float
+    is_slow: bool
+    def __init__(self, peer: _Optional[str] = ..., direction: _Optional[str] = ..., state: _Optional[str] = ..., transport: _Optional[str] = ..., latency_s: _Optional[float] = ..., bytes_per_s: _Optional[float] = ..., is_slow: _Optional[bool] = ...) -> None: ...
 
 class AttachEvent(_message.Message):
     __slots__ = ("description", "outputs", "stats", "draining")
@@ -342,7 +382,7 @@ class CheckIntegrity(_message.Message):
     def __init__(self) -> None: ...
 
 class EngineCommand(_message.Message):
-    __slots__ = ("call_id", "start", "reserve", "prefill", "abort_decode", "abort_prefill", "renew", "router_gone", "drain", "check")
+    __slots__ = ("call_id", "start", "reserve", "prefill", "abort_decode", "abort_prefill", "renew", "router_gone", "drain", "check", "meet")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     RESERVE_FIELD_NUMBER: _ClassVar[int]
@@ -353,6 +393,7 @@ class EngineCommand(_message.Message):
     ROUTER_GONE_FIELD_NUMBER: _ClassVar[int]
     DRAIN_FIELD_NUMBER: _ClassVar[int]
     CHECK_FIELD_NUMBER: _ClassVar[int]
+    MEET_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     start: StartEngine
     reserve: ReserveRequest
@@ -363,7 +404,8 @@ class EngineCommand(_message.Message):
     router_gone: RouterGone
     drain: DrainEngine
     check: CheckIntegrity
-    def __init__(self, call_id: _Optional[int] = ..., start: _Optional[_Union[StartEngine, _Mapping]] = ..., reserve: _Optional[_Union[ReserveRequest, _Mapping]] = ..., prefill: _Optional[_Union[PrefillRequest, _Mapping]] = ..., abort_decode: _Optional[_Union[AbortRequest, _Mapping]] = ..., abort_prefill: _Optional[_Union[AbortRequest, _Mapping]] = ..., renew: _Optional[_Union[RenewLeases, _Mapping]] = ..., router_gone: _Optional[_Union[RouterGone, _Mapping]] = ..., drain: _Optional[_Union[DrainEngine, _Mapping]] = ..., check: _Optional[_Union[CheckIntegrity, _Mapping]] = ...) -> None: ...
+    meet: MeetRequest
+    def __init__(self, call_id: _Optional[int] = ..., start: _Optional[_Union[StartEngine, _Mapping]] = ..., reserve: _Optional[_Union[ReserveRequest, _Mapping]] = ..., prefill: _Optional[_Union[PrefillRequest, _Mapping]] = ..., abort_decode: _Optional[_Union[AbortRequest, _Mapping]] = ..., abort_prefill: _Optional[_Union[AbortRequest, _Mapping]] = ..., renew: _Optional[_Union[RenewLeases, _Mapping]] = ..., router_gone: _Optional[_Union[RouterGone, _Mapping]] = ..., drain: _Optional[_Union[DrainEngine, _Mapping]] = ..., check: _Optional[_Union[CheckIntegrity, _Mapping]] = ..., meet: _Optional[_Union[MeetRequest, _Mapping]] = ...) -> None: ...
 
 class EngineError(_message.Message):
     __slots__ = ("status", "message", "retry_after_s")
@@ -376,7 +418,7 @@ class EngineError(_message.Message):
     def __init__(self, status: _Optional[str] = ..., message: _Optional[str] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
 
 class EngineReply(_message.Message):
-    __slots__ = ("call_id", "error", "description", "reserve", "prefill", "abort", "stats")
+    __slots__ = ("call_id", "error", "description", "reserve", "prefill", "abort", "stats", "meet", "pairs")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
@@ -384,6 +426,8 @@ class EngineReply(_message.Message):
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
+    MEET_FIELD_NUMBER: _ClassVar[int]
+    PAIRS_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     error: EngineError
     description: WorkerDescription
@@ -391,7 +435,9 @@ class EngineReply(_message.Message):
     prefill: PrefillReply
     abort: AbortReply
     stats: WorkerStats
-    def __init__(self, call_id: _Optional[int] = ..., error: _Optional[_Union[EngineError, _Mapping]] = ..., description: _Optional[_Union[WorkerDescription, _Mapping]] = ..., reserve: _Optional[_Union[ReserveReply, _Mapping]] = ..., prefill: _Optional[_Union[PrefillReply, _Mapping]] = ..., abort: _Optional[_Union[AbortReply, _Mapping]] = ..., stats: _Optional[_Union[WorkerStats, _Mapping]] = ...) -> None: ...
+    meet: MeetReply
+    pairs: _containers.RepeatedCompositeFieldContainer[PairInfo]
+    def __init__(self, call_id: _Optional[int] = ..., error: _Optional[_Union[EngineError, _Mapping]] = ..., description: _Optional[_Union[WorkerDescription, _Mapping]] = ..., reserve: _Optional[_Union[ReserveReply, _Mapping]] = ..., prefill: _Optional[_Union[PrefillReply, _Mapping]] = ..., abort: _Optional[_Union[AbortReply, _Mapping]] = ..., stats: _Optional[_Union[WorkerStats, _Mapping]] = ..., meet: _Optional[_Union[MeetReply, _Mapping]] = ..., pairs: _Optional[_Iterable[_Union[PairInfo, _Mapping]]] = ...) -> None: ...
 
 class RouterOutputs(_message.Message):
     __slots__ = ("router_id", "outputs")

@@ -208,6 +208,11 @@ class PrefillWorkerStub:
                 request_serializer=protos_dot_worker__pb2.PrefillRequest.SerializeToString,
                 response_deserializer=protos_dot_worker__pb2.PrefillReply.FromString,
                 _registered_method=True)
+        self.Meet = channel.unary_unary(
+                '/pdserve.v1.PrefillWorker/Meet',
+                request_serializer=protos_dot_worker__pb2.MeetRequest.SerializeToString,
+                response_deserializer=protos_dot_worker__pb2.MeetReply.FromString,
+                _registered_method=True)
         self.Abort = channel.unary_unary(
                 '/pdserve.v1.PrefillWorker/Abort',
                 request_serializer=protos_dot_worker__pb2.AbortRequest.SerializeToString,
@@ -226,6 +231,13 @@ class PrefillWorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Meet(self, request, context):
+        """Introduces a worker that this one may have to send KV to: the pair is begun, not waited for. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Abort(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -239,6 +251,11 @@ def add_PrefillWorkerServicer_to_server(servicer, server):
                     servicer.Prefill,
                     request_deserializer=protos_dot_worker__pb2.PrefillRequest.FromString,
                     response_serializer=protos_dot_worker__pb2.PrefillReply.SerializeToString,
+            ),
+            'Meet': grpc.unary_unary_rpc_method_handler(
+                    servicer.Meet,
+                    request_deserializer=protos_dot_worker__pb2.MeetRequest.FromString,
+                    response_serializer=protos_dot_worker__pb2.MeetReply.SerializeToString,
             ),
             'Abort': grpc.unary_unary_rpc_method_handler(
                     servicer.Abort,
@@ -274,6 +291,33 @@ class PrefillWorker:
             '/pdserve.v1.PrefillWorker/Prefill',
             protos_dot_worker__pb2.PrefillRequest.SerializeToString,
             protos_dot_worker__pb2.PrefillReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Meet(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdserve.v1.PrefillWorker/Meet',
+            protos_dot_worker__pb2.MeetRequest.SerializeToString,
+            protos_dot_worker__pb2.MeetReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -30,6 +30,7 @@ from router.errors import RouterStartError, StoreUnavailableError, UnavailableEr
 from router.fleet import Fleet
 from router.info import WorkerInfo
 from router.interceptors import ApiKeys, StrictParsing
+from router.introductions import Introductions
 from router.model import ServedModel
 from router.service import InferenceService
 from router.session import Desk
@@ -105,6 +106,8 @@ class RouterApp:
         await self._fleet.start()
         self.state = AppState.SERVING
         self._background.spawn(self._follow_health(), "router: follow the fleet's health")
+        if self._split:
+            self._background.spawn(Introductions(self._fleet).follow(), "router: introduce workers")
         record = RouterRecord(
             router_id=self._router_id, address=self.address, metrics_address=metrics_address, started_at=time.time()
         )

@@ -1,4 +1,7 @@
-"""From tokens to what the client reads: text without half characters, cut at stop strings."""
+"""From tokens to what the client reads: text without half characters, cut at stop strings.
+
+A model without a tokenizer gives tokens alone; stop strings are refused for it before.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,10 @@ _REASONS = {
 class OutputStream:
     """The text side of one stream; lives through all attempts of its request."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], stops: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, prompt_token_ids: Sequence[int], stops: Sequence[str]) -> None:
         self.num_tokens = 0
         """Tokens given out so far."""
-        self._decoder = StreamDecoder(tokenizer, prompt_token_ids)
+        self._decoder = None if tokenizer is None else StreamDecoder(tokenizer, prompt_token_ids)
         self._stops = StopStrings(stops) if stops else None
 
     def push(self, chunk: Chunk) -> tuple[inference_pb2.Tokens, Ending | None]:
@@ -47,6 +50,8 @@ class OutputStream:
 
     def _text(self, ids: list[int]) -> tuple[str, list[int], str | None]:
         """Text to give out, the tokens that were used, and the stop string if one was met."""
+        if self._decoder is None:
+            return "", ids, None
         if self._stops is None:
             return self._decoder.push(ids), ids, None
         text = ""
@@ -59,6 +64,8 @@ class OutputStream:
 
     def _rest(self) -> tuple[str, str | None]:
         """What was held back, at the end of the stream."""
+        if self._decoder is None:
+            return "", None
         tail = self._decoder.flush()
         if self._stops is None:
             return tail, None

@@ -104,5 +104,4 @@ def same_layout(one: WorkerInfo, other: WorkerInfo) -> bool:
 
 
 def _comparable(layout: worker_pb2.Layout) -> tuple[str, int, int, str]:
-    # num_kv_heads is per rank where workers split heads, so heads are compared by the workers' own handshake.
     return layout.model_hash, layout.num_layers, layout.block_size, layout.dtype

@@ -117,7 +117,7 @@ class Session:
         deadline = asyncio.get_running_loop().time() + limit_s
         self._scope.interrupt_at(deadline, lambda: self._too_late(limit_s), WRITE_PATIENCE_S)
         kind = validation.prompt_kind(request)
-        stops = validation.stop_strings(request.sampling)
+        stops = validation.stop_strings(request.sampling, desk.model)
         params = validation.sampling_params(request.sampling, desk.config, desk.model)
         ids = await validation.prompt_ids(request, desk.model)
         params = validation.fitted(params, len(ids), desk.model, desk.fleet.pool_tokens(split=desk.split), kind)

@@ -56,8 +56,10 @@ def deadline_s(request: inference_pb2.GenerateRequest, config: RouterConfig, grp
     return asked if grpc_s is None or math.isinf(grpc_s) else min(asked, grpc_s)
 
 
-def stop_strings(sampling: inference_pb2.Sampling) -> list[str]:
+def stop_strings(sampling: inference_pb2.Sampling, model: ServedModel) -> list[str]:
     """The stop strings, without repeats."""
+    if sampling.stop:
+        model.needed_tokenizer("sampling.stop")
     if len(sampling.stop) > MAX_STOPS:
         raise InvalidArgumentError(
             f"{len(sampling.stop)} stop strings were given, at most {MAX_STOPS} are allowed",

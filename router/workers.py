@@ -112,6 +112,11 @@ class WorkerLink:
         reply: worker_pb2.PrefillReply = await self._answer("Prefill", call)
         return reply
 
+    async def meet(self, request: worker_pb2.MeetRequest) -> None:
+        """Have it begin the pair to a worker; errors as for `reserve`."""
+        stub = self._connected(self._prefill)
+        await self._answer("Meet", stub.Meet(request, timeout=self._config.connect_timeout_s, metadata=self._metadata))
+
     async def abort(self, request: worker_pb2.AbortRequest, *, decode: bool) -> None:
         """End a request in one craft. A worker that cannot be reached ends it by itself: its stream is down."""
         stub = self._decode if decode else self._prefill

@@ -13,10 +13,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton; see tests/engine/kernels
 
-from tests.engine.checkpoints import CheckpointFamily, make_checkpoint
-
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of a few layers with a real tokenizer and chat template."""
+    # transformers is not installed on every machine that runs some of the tests
+    from tests.engine.checkpoints import CheckpointFamily, make_checkpoint
+
     return make_checkpoint(tmp_path_factory.mktemp("tiny-llama"), CheckpointFamily.LLAMA, tied=True)

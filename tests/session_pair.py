@@ -33,9 +33,11 @@ class Peer:
         num_blocks: int = 128,
         max_step_tokens: int = 64,
         transfer: TransferConfig | None = None,
+        engine: Engine | None = None,
     ) -> None:
-        cache = CacheOptions(block_size=16, num_blocks=num_blocks)
-        engine = Engine(ModelOptions(path=str(model)), cache, EngineOptions(max_step_tokens=max_step_tokens))
+        if engine is None:
+            cache = CacheOptions(block_size=16, num_blocks=num_blocks)
+            engine = Engine(ModelOptions(path=str(model)), cache, EngineOptions(max_step_tokens=max_step_tokens))
         self.engine = engine
         self.host = EngineHost(
             engine,

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from cluster.config import ConfigError, json_schema, load_config
+from engine.config import ModelOptions
 from engine.errors import ModelError
 from engine.model_source import DEMO_NAME, resolve
 from engine.models.config import ModelConfig
@@ -43,16 +44,16 @@ def validate(files: tuple[Path, ...], more: tuple[Path, ...]) -> None:
             click.echo(str(error), err=True)
         else:
             click.echo(f"{file}: fine")
-            _warn_of_model(file, config.model.path)
+            _warn_of_model(file, config.model)
     if problems:
         raise click.exceptions.Exit(1)
 
 
-def _warn_of_model(file: Path, path: str) -> None:
+def _warn_of_model(file: Path, model: ModelOptions) -> None:
     """Say what `up` would refuse here; the cluster may be meant for another machine."""
     try:
-        if path != DEMO_NAME:
-            ModelConfig.load(resolve(path))
+        if model.path != DEMO_NAME:
+            ModelConfig.load(resolve(model.path, model.load_format))
     except (ModelError, OSError) as error:
         click.echo(f"{file}: on this machine `pdserve up` would fail: {error}", err=True)
 

@@ -8,9 +8,11 @@ from dataclasses import asdict
 import click
 
 from cluster.health import Health, Member, Report, gather
+from cluster.pairs import Pair
 from cluster.run_dir import RunDir
 
 _ROW = "{:<12} {:<8} {:>5}  {:<21} {:>13} {:>7} {:>7}  {}"
+_PAIR = "{:<14} {:<20} {:<10} {:<10} {:>10} {:>7}  {}"
 _EPILOG = """\b
 Examples:
   pdserve status
@@ -46,6 +48,11 @@ def _show(report: Report) -> None:
     )
     for member in report.members:
         click.echo(f"  {_row(member)}")
+    pairs = [pair for member in report.members for pair in member.pairs]
+    if pairs:
+        click.echo("\n  " + _PAIR.format("from", "to", "transport", "state", "latency ms", "GB/s", "").rstrip())
+    for pair in pairs:
+        click.echo(f"  {_pair_row(pair)}".rstrip())
 
 
 def _row(member: Member) -> str:
@@ -55,6 +62,13 @@ def _row(member: Member) -> str:
     epoch = str(member.epoch) if member.epoch else "-"
     address, metrics = member.address or "-", member.metrics_address or "-"
     return _ROW.format(member.member_id, member.state, epoch, address, blocks, running, waiting, metrics)
+
+
+def _pair_row(pair: Pair) -> str:
+    is_measured = pair.state == "ready"
+    latency, rate = (f"{pair.latency_s * 1e3:.2f}", f"{pair.bytes_per_s / 1e9:.3g}") if is_measured else ("-", "-")
+    slow = "slow" if pair.is_slow else ""
+    return _PAIR.format(pair.sender, pair.receiver, pair.transport or "-", pair.state, latency, rate, slow)
 
 
 def _number(numbers: dict[str, float], name: str) -> str:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks.engine import LLAMA_8B
 from benchmarks.engine_floor import Ceilings, Shape, decode_floor_s, prefill_floor_s
+from benchmarks.llama_8b import LLAMA_8B
 
 SHAPE = Shape.from_header(LLAMA_8B)
 CEILINGS = Ceilings(copy_bytes_s=4.27e12, read_bytes_s=4.23e12, matrix_flop_s=792e12)

@@ -2,9 +2,10 @@
 
 import sys
 import threading
+import time
 
 from protos import worker_pb2 as pb
-from tests.session_pair import Peer, make_request, reserve
+from tests.session_pair import TIMEOUT_S, Peer, make_request, reserve
 
 ABORT = pb.AbortRequest(request_id="a")
 
@@ -37,6 +38,37 @@ def test_statistics_may_be_read_while_reservations_come_and_go(tiny_llama, tmp_p
     finally:
         sys.setswitchinterval(interval)
     assert not failures
+
+
+def test_workers_that_were_introduced_have_their_pair_before_any_request(tiny_llama, tmp_path):
+    with Peer("p", tiny_llama, tmp_path) as prefill, Peer("d", tiny_llama, tmp_path) as decode:
+        met = decode.description
+        meet = pb.MeetRequest(epoch=1, worker=met.identity, control_addresses=met.control_addresses, layout=met.layout)
+        for _ in range(2):
+            assert prefill.call(pb.EngineCommand(meet=meet)).WhichOneof("result") == "meet"
+        assert [until_paired(peer).peer for peer in (prefill, decode)] == ["d/1", "p/1"]
+        pair = until_paired(prefill)
+        assert (pair.direction, pair.transport, pair.is_slow) == ("to", "gloo", False)
+        assert pair.latency_s > 0
+        assert pair.bytes_per_s > 0
+
+
+def test_a_meeting_with_an_impossible_layout_is_refused(tiny_llama, tmp_path):
+    with Peer("p", tiny_llama, tmp_path) as peer:
+        refused = peer.call(pb.EngineCommand(meet=pb.MeetRequest(worker=pb.WorkerIdentity(worker_id="d", epoch=1))))
+        assert refused.error.status == "INVALID_ARGUMENT"
+        assert "layout: num_layers must be at least 1, got 0" in refused.error.message
+
+
+def until_paired(peer: Peer) -> pb.PairInfo:
+    """The peer's only pair, once it is READY."""
+    until, pause = time.monotonic() + TIMEOUT_S, threading.Event()
+    while True:
+        pairs = peer.call(pb.EngineCommand(renew=pb.RenewLeases())).pairs
+        if [pair.state for pair in pairs] == ["ready"]:
+            return pairs[0]
+        assert time.monotonic() < until, f"no pair became ready: {pairs}"
+        pause.wait(0.01)
 
 
 def test_a_drain_ends_when_the_last_request_does(tiny_llama, tmp_path):

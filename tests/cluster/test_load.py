@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from cluster.client import Client, Endpoint, StatusError
 from cluster.commands.bench import bench
-from cluster.load import Length, LoadProfile, PromptMaker, RequestRecord, run_load
+from cluster.load import UNFINISHED, Length, LoadProfile, PromptMaker, RequestRecord, make_plan, run_load, run_plan
 from protos.inference_pb2 import GenerateRequest
 from tests.cluster.inference_double import VOCAB_SIZE, Double, serve
 
@@ -138,6 +138,39 @@ def test_open_loop_latency_counts_from_when_a_request_was_due():
         result = load(double, rate=100.0, num_requests=30, num_warmup=0, output_len=Length(mean=1))
     assert sum(record.ttft_s > 0.1 for record in result.records) > 10
     assert max(record.sent_s - record.due_s for record in result.records) < 0.2
+
+
+def follow(double, *, limit_s=None, begin_at=None, **profile):
+    async def run():
+        async with Client(Endpoint(address=double.address)) as client:
+            plan = make_plan(LoadProfile(**profile), VOCAB_SIZE)
+            return plan, await run_plan(client, plan, begin_at=begin_at, limit_s=limit_s)
+
+    return asyncio.run(run())
+
+
+def test_a_plan_is_what_run_load_would_send():
+    profile = {"rate": 200.0, "num_requests": 20, "seed": 5}
+    with serve(Double()) as double:
+        result = load(double, num_warmup=0, **profile)
+        sent = [request.token_ids for request in double.requests]
+    with serve(Double()) as double:
+        begin_at = time.monotonic() + 0.1
+        plan, followed = follow(double, begin_at=begin_at, **profile)
+        assert [request.token_ids for request in double.requests] == sent == [each.request.token_ids for each in plan]
+    assert [record.due_s for record in followed.records] == [record.due_s for record in result.records]
+    assert all(record.failure is None and record.sent_s >= record.due_s for record in followed.records)
+
+
+def test_what_has_not_ended_at_the_limit_has_failed():
+    with serve(Double(step_s=0.05)) as double:
+        _, result = follow(double, rate=20.0, num_requests=8, output_len=Length(mean=10), limit_s=0.7)
+    ended = [record for record in result.records if record.failure is None]
+    cut = [record for record in result.records if record.failure == UNFINISHED]
+    assert len(ended) + len(cut) == len(result.records)
+    assert cut
+    assert all(record.finished is None and record.ended_s >= 0.7 for record in cut)
+    assert result.wall_s < 2.0
 
 
 def test_warmup_is_not_recorded():

@@ -67,6 +67,15 @@ def test_the_routers_stats_are_families_with_names_of_their_own() -> None:
     assert samples["pdserve_router_itl_seconds_count",] == 1
 
 
+def test_a_mapping_may_have_several_labels() -> None:
+    key_labels = {"rate": ("peer", "direction")}
+    collector = StatsCollector("worker", lambda: {"rate": {("d/1", "to"): 2.5}}, key_labels=key_labels)
+    (family,) = collector.collect()
+    (sample,) = family.samples
+    assert (sample.name, sample.value) == ("pdserve_worker_rate", 2.5)
+    assert sample.labels == {"peer": "d/1", "direction": "to"}
+
+
 def test_labels() -> None:
     server = serve([StatsCollector("router", lambda: {"queued": 2}, labels={"router": "r-0"})])
     try:

@@ -43,10 +43,10 @@ drain_s: 10
 class Cluster:
     """A cluster of its own run directory, driven as a user drives it."""
 
-    def __init__(self, directory: Path, model: Path) -> None:
+    def __init__(self, directory: Path, model: Path, yaml: str = YAML) -> None:
         self.run_dir = directory / "run"
         self.yaml = directory / "cluster.yaml"
-        self.yaml.write_text(YAML.format(model=model))
+        self.yaml.write_text(yaml.format(model=model))
         self.env = {**os.environ, "PDSERVE_RUN_DIR": str(self.run_dir)}
 
     def pdserve(self, *arguments: str, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
@@ -88,9 +88,13 @@ def cluster(tiny_llama, tmp_path_factory):
     made = Cluster(tmp_path_factory.mktemp("cluster"), tiny_llama)
     made.up()
     yield made
-    down = made.pdserve("down", timeout_s=120)
+    take_down(made)
+
+
+def take_down(cluster: Cluster) -> None:
+    down = cluster.pdserve("down", timeout_s=120)
     assert down.returncode == 0, down.stderr
-    left = [process for process in psutil.process_iter() if belongs(process, made.run_dir)]
+    left = [process for process in psutil.process_iter() if belongs(process, cluster.run_dir)]
     assert not left, f"processes left behind: {left}"
 
 
@@ -131,6 +135,20 @@ def all_free(members: dict[str, dict]) -> bool:
         numbers and numbers["free_blocks"] == numbers["num_blocks"] and not numbers["open_tickets"]
         for numbers in workers
     )
+
+
+def test_pairs_are_made_before_the_first_request(cluster):
+    def paired(members: dict[str, dict]) -> bool:
+        pairs = members["prefill-0"].get("pairs", [])
+        return any(
+            pair["receiver"].startswith("decode-0/") and pair["state"] == "ready" and pair["bytes_per_s"] > 0
+            for pair in pairs
+        )
+
+    members = cluster.until(paired)
+    assert members["prefill-0"]["numbers"]["steps_total"] == 0
+    assert not members["decode-0"]["pairs"], "nobody sends from there"
+    assert "decode-0/" in cluster.pdserve("status").stdout
 
 
 def test_answers_are_those_of_one_engine(cluster, alone):

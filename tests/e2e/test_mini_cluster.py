@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import shutil
 
 import grpc
 import pytest
@@ -147,3 +148,18 @@ def test_a_prompt_over_the_limit_is_refused_at_once(tiny_llama, tmp_path):
         assert "4097" in caught.value.details()
 
     run(Shape(model=ModelOptions(path=str(tiny_llama))), tmp_path, scenario)
+
+
+def test_a_model_of_a_header_alone_takes_and_gives_token_ids(tiny_llama, tmp_path):
+    header = tmp_path / "header"
+    header.mkdir()
+    shutil.copy(tiny_llama / "config.json", header)
+
+    async def scenario(cluster: MiniCluster) -> None:
+        answer = await cluster.generate(request_of(prompt_of(40)))
+        assert (len(answer.token_ids), answer.text) == (12, "")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await cluster.generate(pb.GenerateRequest(text="Once upon a time"))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+    run(Shape(model=ModelOptions(path=str(header), load_format="dummy")), tmp_path, scenario)

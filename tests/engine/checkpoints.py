@@ -37,7 +37,13 @@ class CheckpointFamily(enum.Enum):
 
 
 def make_checkpoint(
-    directory: Path, family: CheckpointFamily, *, tied: bool, seed: int = 0, sharded: bool = False
+    directory: Path,
+    family: CheckpointFamily,
+    *,
+    tied: bool,
+    seed: int = 0,
+    sharded: bool = False,
+    num_kv_heads: int = 2,
 ) -> Path:
     """Write config.json, safetensors, tokenizer and chat template into `directory`, and return it.
 
@@ -45,7 +51,7 @@ def make_checkpoint(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _model(family, tied)
+        model = _model(family, tied, num_kv_heads)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:
@@ -78,14 +84,14 @@ def make_tokenizer() -> Any:
     )
 
 
-def _model(family: CheckpointFamily, tied: bool) -> Any:
+def _model(family: CheckpointFamily, tied: bool, num_kv_heads: int) -> Any:
     shape: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 64,
         "intermediate_size": 112,
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_key_value_heads": num_kv_heads,
         "max_position_embeddings": MAX_MODEL_LEN,
         "initializer_range": 0.15,
         "tie_word_embeddings": tied,

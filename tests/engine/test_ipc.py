@@ -24,7 +24,8 @@ class EchoSession:
             description = pb.WorkerDescription(identity=command.start.identity)
             self.send(pb.EngineEvent(reply=pb.EngineReply(call_id=command.call_id, description=description)))
         elif kind == "renew":
-            self.send(pb.EngineEvent(reply=pb.EngineReply(call_id=command.call_id, stats=pb.WorkerStats(steps=7))))
+            stats, pairs = pb.WorkerStats(steps=7), [pb.PairInfo(peer="d/1", direction="to")]
+            self.send(pb.EngineEvent(reply=pb.EngineReply(call_id=command.call_id, stats=stats, pairs=pairs)))
             outputs = [pb.RouterOutputs(router_id="r", outputs=[pb.TokenOutput(request_id="x")])]
             self.send(pb.EngineEvent(step=pb.StepEvent(outputs=outputs)))
 
@@ -119,6 +120,27 @@ def test_a_link_draws_a_new_epoch_after_each_loss(served):
     asyncio.run(main())
     assert log.count("start") == 2
     assert sessions[0].closed.is_set()
+
+
+def test_a_link_knows_the_pairs_of_its_epoch_from_pings(served):
+    path, _, _ = served
+
+    async def next_epoch():
+        return 1
+
+    async def main():
+        link = EngineLink(socket_path=path, worker_id="w", next_epoch=next_epoch, on_step=lambda step: None)
+        link.open()
+        async with asyncio.timeout(5.0), link.news:
+            await link.news.wait_for(lambda: link.stats.steps == 7)
+        assert [pair.peer for pair in link.pairs] == ["d/1"]
+        lost = link.lost
+        await link.restart()
+        await asyncio.wait_for(lost.wait(), 5.0)
+        assert not link.pairs
+        await link.close()
+
+    asyncio.run(main())
 
 
 def test_a_link_waits_for_an_engine_that_is_not_there_yet(tmp_path):

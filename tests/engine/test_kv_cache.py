@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -40,8 +41,11 @@ def make_cache() -> KVCache:
     return cache
 
 
-def random_slots(count: int) -> list[int]:
-    return random.Random(count).sample(range(BLOCKS * BLOCK_SIZE), count)
+ALL = range(HEADS)
+
+
+def random_slots(count: int) -> np.ndarray:
+    return np.array(random.Random(count).sample(range(BLOCKS * BLOCK_SIZE), count))
 
 
 def test_what_is_placed_is_gathered() -> None:
@@ -53,7 +57,7 @@ def test_what_is_placed_is_gathered() -> None:
         positions = TorchPositions(*still, torch.tensor(slots))
         positions.place(placed[layer].clone(), cache.layer(layer), None, None)
     out = torch.empty(2, 2, 11, HEADS, HEAD_DIM)
-    cache.gather(1, 2, slots, out)
+    cache.gather(1, 2, cache.locate(slots), ALL, out)
     assert torch.equal(out, placed[1:, :11, 3:].reshape(2, 11, 2, HEADS, HEAD_DIM).transpose(1, 2))
     assert len(cache.data.any(dim=-1).any(dim=2).any(dim=1).any(dim=0).nonzero()) == 11
 
@@ -74,17 +78,36 @@ def test_scatter_reverses_gather_and_touches_nothing_else() -> None:
     before = other.data.clone()
     source, target = random_slots(13), random_slots(13)[::-1]
     moved = torch.empty(1, 2, 13, HEADS, HEAD_DIM)
-    cache.gather(1, 1, source, moved)
-    other.scatter(1, 1, target, moved)
-    assert torch.equal(other.data[1][:, :, target], cache.data[1][:, :, source])
+    cache.gather(1, 1, cache.locate(source), ALL, moved)
+    other.scatter(1, 1, other.locate(target), ALL, moved)
+    assert torch.equal(other.data[1][:, :, target.copy()], cache.data[1][:, :, source])
     changed = (other.data != before).any(dim=-1).any(dim=2).any(dim=1).nonzero().tolist()
     assert sorted(changed) == sorted([1, slot] for slot in target)
 
 
+@pytest.mark.parametrize("head", range(HEADS))
+def test_one_head_moves_alone(head: int) -> None:
+    cache, other = make_cache(), make_cache()
+    cache.data.normal_()
+    slots = random_slots(9)
+    moved = torch.empty(LAYERS, 2, 9, 1, HEAD_DIM)
+    cache.gather(0, LAYERS, cache.locate(slots), range(head, head + 1), moved)
+    other.scatter(0, LAYERS, other.locate(slots), range(1), moved)
+    assert torch.equal(other.data[:, :, 0][:, :, slots], cache.data[:, :, head][:, :, slots])
+    assert not other.data[:, :, 1].any()
+
+
+@pytest.mark.parametrize("heads", [range(0), range(1, 3), range(-1, 1)])
+def test_heads_that_do_not_exist_are_refused(heads: range) -> None:
+    cache = make_cache()
+    with pytest.raises(IntegrityError, match="not within this rank's 2"):
+        cache.gather(0, 1, cache.locate(np.array([0])), heads, torch.empty(1, 2, 1, len(heads), HEAD_DIM))
+
+
 def test_no_slots_are_no_work() -> None:
     cache = make_cache()
-    cache.gather(0, LAYERS, [], torch.empty(LAYERS, 2, 0, HEADS, HEAD_DIM))
-    cache.scatter(0, LAYERS, [], torch.empty(LAYERS, 2, 0, HEADS, HEAD_DIM))
+    for move in (cache.gather, cache.scatter):
+        move(0, LAYERS, cache.locate(np.array([], dtype=np.int64)), ALL, torch.empty(LAYERS, 2, 0, HEADS, HEAD_DIM))
     assert not cache.data.any()
 
 
@@ -105,7 +128,7 @@ def test_places_that_do_not_exist_are_refused(
     data = torch.ones(max(num_layers, 0), 2, len(slots), HEADS, HEAD_DIM)
     for move in (cache.gather, cache.scatter):
         with pytest.raises(IntegrityError, match=message):
-            move(first_layer, num_layers, slots, data)
+            move(first_layer, num_layers, cache.locate(np.array(slots)), ALL, data)
     assert not cache.data.any()
 
 
@@ -114,7 +137,7 @@ def test_values_of_another_shape_or_type_are_refused() -> None:
     for data in (torch.empty(1, 2, 2, HEADS, HEAD_DIM), torch.empty(1, 2, 1, HEADS, HEAD_DIM, dtype=torch.bfloat16)):
         for move in (cache.gather, cache.scatter):
             with pytest.raises(IntegrityError, match=r"expected torch.float32 values of shape \(1, 2, 1, 2, 4\)"):
-                move(0, 1, [0], data)
+                move(0, 1, cache.locate(np.array([0])), ALL, data)
 
 
 def test_a_blocks_memory_is_counted_over_all_layers_and_the_heads_of_one_rank() -> None:

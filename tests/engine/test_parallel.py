@@ -29,7 +29,7 @@ def on_all_ranks(size: int, work: Callable[[TensorParallel], T]) -> list[T]:
 
     def one(rank: int) -> T:
         group = ProcessGroupGloo(store, rank, size, timedelta(seconds=TIMEOUT_S))
-        return work(TensorParallel(rank, size, group))
+        return work(TensorParallel(rank, size, group, store))
 
     with ThreadPoolExecutor(size) as threads:
         futures = [threads.submit(one, rank) for rank in range(size)]
@@ -45,16 +45,22 @@ def test_collectives_join_what_ranks_have() -> None:
     assert on_all_ranks(3, work) == [([6.0, 6.0], [[0.0, 1.0, 2.0]] * 2)] * 3
 
 
+def test_ranks_agree_on_the_least() -> None:
+    assert on_all_ranks(3, lambda parallel: parallel.least(7 - parallel.rank, "blocks")) == [5, 5, 5]
+
+
 def test_one_rank_keeps_what_it_has() -> None:
     alone, tensor = TensorParallel(), torch.randn(2, 3)
     assert alone.all_reduce(tensor) is tensor
     assert alone.all_gather(tensor) is tensor
+    assert alone.least(3, "blocks") == 3
     assert alone.share(7, "things") == range(7)
 
 
 def test_shares_are_equal_and_in_order() -> None:
-    group = ProcessGroupGloo(HashStore(), 0, 1, timedelta(seconds=TIMEOUT_S))
-    ranks = [TensorParallel(rank, 4, group) for rank in range(4)]
+    store = HashStore()
+    group = ProcessGroupGloo(store, 0, 1, timedelta(seconds=TIMEOUT_S))
+    ranks = [TensorParallel(rank, 4, group, store) for rank in range(4)]
     assert [rank.share(8, "heads") for rank in ranks] == [range(2), range(2, 4), range(4, 6), range(6, 8)]
     assert [list(rank.share_kv_heads(2)) for rank in ranks] == [[0], [0], [1], [1]]
     assert [list(rank.share_kv_heads(1)) for rank in ranks] == [[0]] * 4

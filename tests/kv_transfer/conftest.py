@@ -7,6 +7,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from kv_transfer.layout import KVLayout
 from kv_transfer.node import TransferNode
 from kv_transfer.ticket import KVTicket, ReceivedKV, SendResult, TicketGrant, TicketState
 from protos.worker_pb2 import TokenOutput
+
+collect_ignore = [] if find_spec("hypothesis") else ["test_jobs.py", "test_layout.py"]
 
 LAYOUT = KVLayout("tiny", num_layers=3, block_size=8, num_kv_heads=2, head_dim=4, dtype="float32")
 SECRET = b"a cluster secret"
@@ -43,20 +46,23 @@ class Memory:
     def device(self) -> torch.device:
         return self.kv.device
 
-    def gather(self, first_layer: int, num_layers: int, slot_ids: np.ndarray, heads: range, out: torch.Tensor) -> None:
+    def locate(self, slot_ids: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(slot_ids)
+
+    def gather(self, first_layer: int, num_layers: int, places: torch.Tensor, heads: range, out: torch.Tensor) -> None:
         self.num_gathers += 1
         self.gathering.set()
         assert self.gather_gate.wait(BOUND_S)
         layers = self.kv[first_layer : first_layer + num_layers, :, :, heads.start : heads.stop]
-        out.copy_(layers[:, :, torch.from_numpy(slot_ids)])
+        out.copy_(layers[:, :, places])
 
     def scatter(
-        self, first_layer: int, num_layers: int, slot_ids: np.ndarray, heads: range, data: torch.Tensor
+        self, first_layer: int, num_layers: int, places: torch.Tensor, heads: range, data: torch.Tensor
     ) -> None:
         self.scattering.set()
         assert self.scatter_gate.wait(BOUND_S)
         layers = self.kv[first_layer : first_layer + num_layers, :, :, heads.start : heads.stop]
-        layers[:, :, torch.from_numpy(slot_ids)] = data
+        layers[:, :, places] = data
 
 
 @dataclass

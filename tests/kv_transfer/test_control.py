@@ -104,7 +104,7 @@ def test_a_peer_that_does_not_read_is_lost_within_the_send_timeout(ends: Ends) -
 def test_silence_is_a_lost_peer(ends: Ends) -> None:
     start = time.monotonic()
     with pytest.raises(PeerLostError, match=r"silent for 0\.3 s"):
-        ends[1].watch(lambda _: None, pings=False, heartbeat_s=0.1, timeout_s=0.3)
+        ends[1].watch(lambda _: None, check=lambda: None, pings=False, heartbeat_s=0.1, timeout_s=0.3)
     assert 0.3 <= time.monotonic() - start < 3
 
 
@@ -114,7 +114,13 @@ def test_heartbeats_keep_a_quiet_pair_and_messages_pass_between_them(ends: Ends)
 
     def watch(end: ControlConnection, pings: bool) -> None:
         with pytest.raises(PeerLostError, match="closed the connection"):
-            end.watch(lambda m: heard.append(m.refused.reason), pings=pings, heartbeat_s=0.05, timeout_s=1.0)
+            end.watch(
+                lambda m: heard.append(m.refused.reason),
+                check=lambda: None,
+                pings=pings,
+                heartbeat_s=0.05,
+                timeout_s=1.0,
+            )
 
     with ThreadPoolExecutor(2) as pool:
         watching = [pool.submit(watch, here, True), pool.submit(watch, there, False)]
@@ -126,6 +132,26 @@ def test_heartbeats_keep_a_quiet_pair_and_messages_pass_between_them(ends: Ends)
         for end in watching:
             end.result(5)
     assert heard == ["news"]
+
+
+def test_a_check_that_raises_ends_the_watch_of_a_peer_that_lives(ends: Ends) -> None:
+    here, there = ends
+    checks = 0
+
+    def check() -> None:
+        nonlocal checks
+        checks += 1
+        if checks > 3:
+            raise PeerLostError("waited 2 s for a piece")
+
+    with ThreadPoolExecutor(1) as pool:
+        pinging = pool.submit(
+            here.watch, lambda _: None, check=lambda: None, pings=True, heartbeat_s=0.05, timeout_s=1.0
+        )
+        with pytest.raises(PeerLostError, match="waited 2 s for a piece"):
+            there.watch(lambda _: None, check=check, pings=False, heartbeat_s=0.05, timeout_s=1.0)
+        there.shutdown()
+        assert isinstance(pinging.exception(5), PeerLostError)
 
 
 def test_dialling_nobody_is_a_lost_peer() -> None:

@@ -13,11 +13,12 @@ import pytest
 from kv_transfer.config import TransferConfig
 from kv_transfer.control import MAX_PEER_BYTES, MAX_STRANGER_BYTES, ControlConnection
 from kv_transfer.errors import PairRefusedError, PeerLostError, ProtocolError
-from kv_transfer.handshake import Handshake, Identity
+from kv_transfer.handshake import Agreed, Handshake, Identity, Means
 from protos.transfer_pb2 import ControlMessage, PairHello, PairProof, PairReady, Ping
 from tests.kv_transfer.conftest import LAYOUT, SECRET
 
 SENDER, RECEIVER = Identity("prefill", 3), Identity("decode", 8)
+CPU = Means("gloo", False, "")
 CONFIG = TransferConfig(connect_timeout_s=2.0)
 
 
@@ -27,13 +28,13 @@ class Ends:
     there: ControlConnection
     pool: ThreadPoolExecutor
 
-    def receive(self, handshake: Handshake) -> Future[PairHello]:
+    def receive(self, handshake: Handshake) -> Future[Agreed]:
         """Run the receiver's side; it says PairReady, as a pair does."""
 
-        def run() -> PairHello:
-            hello = handshake.as_receiver(self.there)
-            self.there.send(ControlMessage(ready=PairReady()))
-            return hello
+        def run() -> Agreed:
+            agreed = handshake.as_receiver(self.there)
+            self.there.send(ControlMessage(ready=PairReady(transport=agreed.transport)))
+            return agreed
 
         return self.pool.submit(run)
 
@@ -57,7 +58,7 @@ def _pair() -> tuple[socket.socket, socket.socket]:
 
 
 def sender(**changes: Any) -> Handshake:
-    fields = {"identity": SENDER, "layout": LAYOUT, "config": CONFIG, "secret": SECRET} | changes
+    fields = {"identity": SENDER, "layout": LAYOUT, "config": CONFIG, "means": CPU, "secret": SECRET} | changes
     return Handshake(**fields)
 
 
@@ -67,9 +68,9 @@ def receiver(**changes: Any) -> Handshake:
 
 def test_two_ends_with_one_secret_agree(ends: Ends) -> None:
     received = ends.receive(receiver())
-    sender().as_sender(ends.here, RECEIVER, attempt=4)
-    hello = received.result(5)
-    assert (hello.sender.worker_id, hello.sender.epoch, hello.attempt) == ("prefill", 3, 4)
+    theirs = replace(LAYOUT, num_kv_heads=2, tp_size=2, tp_rank=1)
+    assert sender(layout=theirs).as_sender(ends.here, RECEIVER, attempt=4) == Agreed(RECEIVER, LAYOUT, "gloo", 4)
+    assert received.result(5) == Agreed(SENDER, theirs, "gloo", 4)
     assert ends.here.max_bytes == ends.there.max_bytes == MAX_PEER_BYTES
 
 
@@ -81,15 +82,51 @@ def test_two_ends_with_one_secret_agree(ends: Ends) -> None:
         ({"layout": replace(LAYOUT, block_size=16)}, "block_size is 16 here and 8 there"),
         ({"layout": replace(LAYOUT, dtype="float16", num_layers=4)}, "num_layers is 4 here .* dtype is float16 here"),
         ({"layout": replace(LAYOUT, model_hash="m2")}, "model_hash is m2 here and tiny there"),
-        ({"layout": replace(LAYOUT, tp_size=2)}, "rank 0 of 2 here and rank 0 of 1 there"),
-        ({"config": replace(CONFIG, transport="loopback")}, "transport is loopback here and gloo there"),
-        ({"config": replace(CONFIG, digest="none")}, "digest is none here and xxh3-64 there"),
+        ({"means": Means("loopback", False, "")}, "transport is loopback here and gloo there"),
+        ({"means": Means("nccl", True, "GPU-1")}, "transport is nccl here and gloo there"),
+        ({"config": replace(CONFIG, digest="none")}, "digest is none here and auto there"),
     ],
 )
 def test_both_ends_hear_what_differs(ends: Ends, changes: dict[str, Any], message: str) -> None:
     received = ends.receive(receiver(**changes))
     with pytest.raises(PairRefusedError, match=message):
         sender().as_sender(ends.here, RECEIVER, attempt=1)
+    with pytest.raises(PairRefusedError, match=message):
+        received.result(5)
+
+
+def test_ranks_without_common_heads_make_no_pair(ends: Ends) -> None:
+    two_ranks = replace(LAYOUT, tp_size=2)
+    received = ends.receive(receiver(layout=two_ranks))
+    with pytest.raises(PairRefusedError, match="rank 1 of 2 has no KV heads for rank 0 of 2"):
+        sender(layout=two_ranks.of_rank(1)).as_sender(ends.here, RECEIVER, attempt=1)
+    with pytest.raises(PairRefusedError):
+        received.result(5)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "transport"),
+    [
+        (Means("nccl", True, "GPU-1"), Means("nccl", True, "GPU-2"), "nccl"),
+        (Means("nccl", True, "GPU-1"), Means("nccl", True, "GPU-1"), "gloo"),
+        (Means("nccl", False, "GPU-1"), Means("nccl", True, "GPU-2"), "nccl"),
+        (Means("gloo", False, "GPU-1"), Means("gloo", False, "GPU-1"), "gloo"),
+        (Means("gloo", True, ""), Means("gloo", False, ""), "gloo"),
+        (Means("loopback", False, ""), Means("loopback", False, ""), "loopback"),
+    ],
+)
+def test_both_ends_learn_what_carries_the_bytes(ends: Ends, ours: Means, theirs: Means, transport: str) -> None:
+    received = ends.receive(receiver(means=theirs))
+    assert sender(means=ours).as_sender(ends.here, RECEIVER, attempt=1).transport == transport
+    assert received.result(5).transport == transport
+
+
+@pytest.mark.parametrize("is_auto", [(False, False), (True, False), (False, True)])
+def test_nccl_on_one_gpu_is_refused_where_an_end_insists_on_it(ends: Ends, is_auto: tuple[bool, bool]) -> None:
+    received = ends.receive(receiver(means=Means("nccl", is_auto[1], "GPU-1")))
+    message = "both workers share one GPU, where NCCL makes no pair: set transport to auto"
+    with pytest.raises(PairRefusedError, match=message):
+        sender(means=Means("nccl", is_auto[0], "GPU-1")).as_sender(ends.here, RECEIVER, attempt=1)
     with pytest.raises(PairRefusedError, match=message):
         received.result(5)
 
@@ -104,7 +141,7 @@ def test_a_sender_does_not_go_on_with_a_receiver_of_another_secret(ends: Ends) -
 
 
 def strange_hello(**changes: Any) -> ControlMessage:
-    fields = {"sender": SENDER.to_proto(), "receiver": RECEIVER.to_proto(), "nonce": b"n" * 16, "protocol_version": 1}
+    fields = {"sender": SENDER.to_proto(), "receiver": RECEIVER.to_proto(), "nonce": b"n" * 16, "protocol_version": 2}
     return ControlMessage(hello=PairHello(**(fields | changes)))
 
 
@@ -121,7 +158,7 @@ def test_a_receiver_refuses_a_false_proof_without_telling_its_layout_apart(ends:
 
 
 def test_a_recorded_handshake_cannot_be_played_again(ends: Ends) -> None:
-    hello = strange_hello(layout=LAYOUT.to_proto(), transport="gloo", digest="xxh3-64")
+    hello = strange_hello(layout=LAYOUT.to_proto(), transport="gloo", digest="auto")
     recorded = sender()._mac("sender", b"hello of yesterday", b"challenge of yesterday")
     received = ends.receive(receiver())
     ends.here.send(hello)
@@ -133,8 +170,8 @@ def test_a_recorded_handshake_cannot_be_played_again(ends: Ends) -> None:
 
 def test_another_protocol_version_is_refused_by_number(ends: Ends) -> None:
     received = ends.receive(receiver())
-    ends.here.send(strange_hello(protocol_version=2))
-    with pytest.raises(PairRefusedError, match="protocol version 2 was spoken, 1 is understood"):
+    ends.here.send(strange_hello(protocol_version=1))
+    with pytest.raises(PairRefusedError, match="protocol version 1 was spoken, 2 is understood"):
         received.result(5)
 
 

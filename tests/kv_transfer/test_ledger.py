@@ -21,10 +21,11 @@ from tests.kv_transfer.conftest import LAYOUT
 BOUND_S = 5.0
 
 
-@dataclass
+@dataclass(eq=False)
 class Pair:
     """A holder that remembers what it should tell."""
 
+    heads: range = range(2)
     told: list[tuple[str, TicketState, str]] = field(default_factory=list)
 
     def tell_settled(self, ticket_id: str, state: TicketState, reason: str) -> None:
@@ -48,16 +49,19 @@ class Book:
             "block_ids": (5, 2),
             "first_token": 8,
             "num_tokens": 21,
+            "after": "the event",
             "on_ready": self.ends.put,
             "on_end": lambda state, reason: self.ends.put((state, reason)),
         }
         self.ledger.grant(TicketGrant(**(fields | changes)))
 
     def write(self, piece: PieceAnnounced) -> list[int] | None:
-        slots = self.ledger.begin_write(self.pair, piece)
-        if slots is not None:
-            self.ledger.end_write(piece, 0.25)
-        return slots
+        write = self.ledger.begin_write(self.pair, piece)
+        if write is None:
+            return None
+        assert write.after == "the event"
+        self.ledger.end_write(piece, len(self.pair.heads), 0.25)
+        return write.slot_ids.tolist()
 
     def complete(self, request_id: str = "r") -> None:
         self.ledger.complete(self.pair, "t", TokenOutput(request_id=request_id, token_ids=[1]), 0.0)
@@ -156,7 +160,7 @@ def test_an_abort_waits_for_the_write_under_way(book: Book) -> None:
     assert not book.ledger.end("t", TicketState.ABORTED, "again")
     with pytest.raises(Empty):
         book.ends.get(timeout=0.05)
-    book.ledger.end_write(first, 0.1)
+    book.ledger.end_write(first, 2, 0.1)
     assert book.end() == (TicketState.ABORTED, "client left")
     assert book.pair.told == [("t", TicketState.ABORTED, "client left")]
 
@@ -165,7 +169,7 @@ def test_a_failed_write_is_an_abort(book: Book) -> None:
     book.grant()
     first = piece(0, 1, 8, 13)
     assert book.ledger.begin_write(book.pair, first) is not None
-    book.ledger.end_write(first, 0.1, "disk on fire")
+    book.ledger.end_write(first, 2, 0.1, "disk on fire")
     assert book.end() == (TicketState.ABORTED, "disk on fire")
 
 

@@ -149,7 +149,7 @@ def test_stop_ends_everything_and_leaves_nothing(transport: str) -> None:
             send_all(sender, delivery, [0])
             delivery.assert_delivered()
         halfway, untouched = offer(receiver, 8, [50]), offer(receiver, 8, [51])
-        sender.open_send(halfway.ticket, halfway.sent.put).push(0, 1, 0, list(range(8)))
+        sender.open_send(halfway.ticket, halfway.sent.put).push(0, 1, 0, slots([0], 0, 8))
         start = time.monotonic()
         sender.stop()
         assert halfway.at_sender().state is TicketState.ABORTED

@@ -13,11 +13,11 @@ import pytest
 from kv_transfer.config import TransferConfig
 from kv_transfer.control import ControlConnection, dial
 from kv_transfer.errors import PairRefusedError
-from kv_transfer.handshake import Handshake, Identity
+from kv_transfer.handshake import Handshake, Identity, Means
 from kv_transfer.node import TransferNode
 from kv_transfer.peers import MAX_STRANGERS
 from kv_transfer.ticket import TicketState
-from tests.kv_transfer.conftest import BOUND_S, LAYOUT, SECRET, Make, Memory, offer, send_all
+from tests.kv_transfer.conftest import BOUND_S, LAYOUT, SECRET, Make, Memory, offer, send_all, slots
 from tests.kv_transfer.test_sender import wait_until
 
 
@@ -77,7 +77,8 @@ def test_garbage_ends_only_its_own_connection(receiver: TransferNode, make_node:
 def shake(receiver: TransferNode, sock: socket.socket, epoch: int, attempt: int) -> ControlConnection:
     """Become a pair as prefill/epoch, without a data channel."""
     control = ControlConnection(sock, peer="decode", send_timeout_s=2)
-    handshake = Handshake(Identity("prefill", epoch), LAYOUT, TransferConfig(transport="loopback"), SECRET)
+    means, config = Means("loopback", False, ""), TransferConfig(transport="loopback")
+    handshake = Handshake(Identity("prefill", epoch), LAYOUT, config, means, SECRET)
     handshake.as_sender(control, Identity("decode", 1), attempt)
     return control
 
@@ -94,7 +95,7 @@ def test_an_older_life_or_attempt_is_refused(receiver: TransferNode, strangers: 
 def test_a_sender_that_started_anew_replaces_its_old_pair(receiver: TransferNode, make_node: Make) -> None:
     old, new = make_node("prefill", Memory(LAYOUT), epoch=1), make_node("prefill", Memory(LAYOUT), epoch=2)
     stuck = offer(receiver, 8, [0])
-    old.open_send(stuck.ticket, stuck.sent.put).push(0, 1, 0, list(range(8)))
+    old.open_send(stuck.ticket, stuck.sent.put).push(0, 1, 0, slots([0], 0, 8))
     wait_until(lambda: receiver.stats().received_pieces == 1, "the old pair is in use")
     delivery = offer(receiver, 8, [1])
     send_all(new, delivery, [0])

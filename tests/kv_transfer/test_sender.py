@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from kv_transfer.receiver import ReceiverPair
@@ -96,7 +97,7 @@ def test_a_sender_frees_nothing_while_its_memory_is_read(two: Two) -> None:
 def test_a_gather_that_fails_ends_its_ticket_alone(two: Two) -> None:
     delivery = offer(two.receiver, 8, [0])
     job = two.sender.open_send(delivery.ticket, delivery.sent.put)
-    job.push(0, 1, 0, [100_000] * 8)
+    job.push(0, 1, 0, np.full(8, 100_000))
     result = delivery.at_sender()
     assert result.state is TicketState.ABORTED
     assert "gathering KV failed: IndexError" in result.reason
@@ -128,7 +129,7 @@ def test_large_writes_are_cut(make_node: Make) -> None:
     receiver = make_node("decode", target, layout=layout, piece_mib=1, staging_mib=2)
     delivery = offer(receiver, 510, range(64))
     job = sender.open_send(delivery.ticket, delivery.sent.put)
-    job.push(0, 3, 0, list(range(510)))
+    job.push(0, 3, 0, np.arange(510))
     job.finish(first_token_of(delivery))
     delivery.assert_delivered()
     assert (target.kv[:, :, :510] == source.kv[:, :, :510]).all()
@@ -188,7 +189,7 @@ def test_an_idle_pair_is_closed_and_made_again_when_needed(make_node: Make) -> N
         ({"secret": b"another"}, "holds another cluster secret"),
         ({"layout": replace(LAYOUT, block_size=16)}, "block_size is 16 here and 8 there"),
         ({"transport": "gloo"}, "transport is gloo here and loopback there"),
-        ({"digest": "none"}, "digest is none here and xxh3-64 there"),
+        ({"digest": "none"}, "digest is none here and auto there"),
     ],
 )
 def test_a_refused_pair_aborts_its_tickets_saying_why(make_node: Make, theirs: dict[str, object], message: str) -> None:
@@ -239,7 +240,7 @@ def test_a_ticket_can_be_given_up_while_the_pair_is_being_made(make_node: Make) 
         delivery = offer(receiver, 8, [0])
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         job = sender.open_send(replace(delivery.ticket, control_addresses=(address,)), delivery.sent.put)
-        job.push(0, 3, 0, list(range(8)))
+        job.push(0, 3, 0, slots([0], 0, 8))
         start = time.monotonic()
         job.abort("client left")
         assert delivery.at_sender().reason == "client left"
@@ -251,3 +252,18 @@ def test_a_ticket_can_be_given_up_while_the_pair_is_being_made(make_node: Make) 
         assert result.state is TicketState.LOST
         assert "did not send its challenge" in result.reason
         assert waiting.settled
+
+
+@pytest.mark.parametrize(("expected_gb_s", "is_slow"), [(1e-6, False), (1e6, True)])
+def test_workers_meet_ahead_of_any_ticket_and_a_slow_pair_is_named(
+    make_node: Make, expected_gb_s: float, is_slow: bool
+) -> None:
+    sender = make_node("p", Memory(LAYOUT, seed=1), expected_gb_s=expected_gb_s)
+    receiver = make_node("d", Memory(LAYOUT))
+    for _ in range(2):
+        sender.meet("d", 1, receiver.addresses, LAYOUT)
+    wait_until(lambda: [info.state for info in sender.stats().pair_infos] == ["ready"], "the pair is ready")
+    (info,) = sender.stats().pair_infos
+    assert (info.peer, info.direction, info.is_slow) == ("d/1", "to", is_slow)
+    assert info.to_proto().is_slow is is_slow
+    assert sender.stats().slow_pairs == int(is_slow)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kv_transfer.errors import ProtocolError, TransferIntegrityError
-from kv_transfer.staging import StagingPool, as_piece, digest_of
+from kv_transfer.staging import StagingPool, as_piece
 from tests.kv_transfer.conftest import LAYOUT
 
 
@@ -47,9 +47,8 @@ def test_a_buffer_is_released_once() -> None:
 
 def test_bytes_and_pieces_are_two_views_of_one_memory() -> None:
     data = torch.zeros(2 * 5 * LAYOUT.bytes_per_token_layer, dtype=torch.uint8)
-    piece = as_piece(data, LAYOUT, 2, 5)
+    piece = as_piece(data, LAYOUT, 2, 5, 2)
     assert piece.shape == (2, 2, 5, 2, 4)
-    before = digest_of(data)
     piece[1, 1, 4, 1, 3] = 1.0
-    assert data.any()
-    assert digest_of(data) != before
+    assert data[-4:].any()
+    assert not data[:-4].any()

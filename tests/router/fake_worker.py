@@ -36,6 +36,7 @@ class Behaviour:
     capacity: int = 1000
     """Requests at a time; more get RESOURCE_EXHAUSTED."""
     prefill_capacity: int = 1000
+    refuses_to_meet: bool = False
     eos_at: int | None = None
     """The answer's token at this position ends it."""
     fail_at: int | None = None
@@ -77,6 +78,8 @@ class FakeWorker:
     reserved: list[str] = field(default_factory=list)
     prefilled: list[str] = field(default_factory=list)
     received: list[worker_pb2.EngineRequest] = field(default_factory=list)
+    met: list[worker_pb2.MeetRequest] = field(default_factory=list)
+    model_hash: str = "tiny"
 
     async def start(self) -> None:
         self.epoch = await self.store.next_epoch(self.worker_id)
@@ -107,7 +110,7 @@ class FakeWorker:
 
     def description(self) -> worker_pb2.WorkerDescription:
         layout = worker_pb2.Layout(
-            model_hash="tiny",
+            model_hash=self.model_hash,
             num_layers=2,
             block_size=BLOCK_SIZE,
             num_kv_heads=1,
@@ -123,6 +126,7 @@ class FakeWorker:
             max_model_len=self.max_model_len,
             max_running=64,
             vocab_size=VOCAB_SIZE,
+            control_addresses=[f"control of {self.worker_id}"],
         )
 
     def stats(self) -> worker_pb2.WorkerStats:
@@ -273,6 +277,13 @@ class _DecodeService(_Service, worker_pb2_grpc.DecodeWorkerServicer):
 
 
 class _PrefillService(_Service, worker_pb2_grpc.PrefillWorkerServicer):
+    async def Meet(self, request, context):
+        self.worker.met.append(request)
+        await self.enter(context, request.epoch)
+        if self.worker.behaviour.refuses_to_meet:
+            await context.abort(grpc.StatusCode.INTERNAL, "told to")
+        return worker_pb2.MeetReply()
+
     async def Prefill(self, request, context):
         await self.enter(context, request.epoch)
         worker, asked = self.worker, request.request

@@ -13,6 +13,7 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 
 from engine.config import ModelOptions
+from engine.model_source import LoadFormat
 from protos import inference_pb2, inference_pb2_grpc
 from router.app import RouterApp
 from router.config import RouterConfig
@@ -157,6 +158,7 @@ async def cluster(
     split: bool = True,
     behaviour: Behaviour | None = None,
     store: FleetStore | None = None,
+    load_format: LoadFormat = "auto",
     **config: Any,
 ) -> AsyncIterator[Cluster]:
     """A running router with READY workers; `behaviour` is shared by all of them."""
@@ -164,7 +166,7 @@ async def cluster(
     settings = {"port": 0, "no_worker_grace_s": 0.3, "reconnect_max_s": 0.2, **config}
     app = RouterApp(
         config=RouterConfig(**settings),
-        model=ModelOptions(path=str(model)),
+        model=ModelOptions(path=str(model), load_format=load_format),
         mode="split" if split else "colocated",
         store=own,
         secret=SECRET,

@@ -253,7 +253,7 @@ def test_fuzzed_sampling_is_either_sound_or_refused_by_field(
 ) -> None:
     message = inference_pb2.Sampling(**fields)  # type: ignore[arg-type]
     try:
-        validation.stop_strings(message)
+        validation.stop_strings(message, served)
         params = validation.sampling_params(message, CONFIG, served)
         params = validation.fitted(params, length, served, pool, "text")
     except InvalidArgumentError as error:
