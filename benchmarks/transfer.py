@@ -3,7 +3,7 @@
     python -m benchmarks.transfer [--json result.json]
     python -m benchmarks.transfer --sections ceiling,pair --ctas 2,4,8 --pieces 8,16,32,64
     python -m benchmarks.transfer --sections decode-load --steps 96
-    python -m benchmarks.transfer --sections hand-over --lengths 8192 --repeats 20 --pair-ctas 8
+    python -m benchmarks.transfer --sections hand-over --lengths 8192 --repeats 20 --pair-ctas 4
     python -m benchmarks.transfer --device cpu
 
 Two processes with one GPU each, joined by the product's own TransferNode.
@@ -64,6 +64,7 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cell-s", type=float, help="seconds of a figure of the pair section")
     parser.add_argument("--steps", type=int, help="decode steps of one phase of decode-load")
     parser.add_argument("--rate-gb-s", type=float, help="KV that arrives when it is paced")
+    parser.add_argument("--paced-layers", type=int, help="layers pushed at once when it is paced; GPU default: 4")
     parser.add_argument("--lengths", type=_numbers, help="prompts of hand-over")
     parser.add_argument("--repeats", type=int, help="hand-overs of each length")
     parser.add_argument("--checks", type=int, help="answers that are compared")
@@ -98,6 +99,7 @@ def plan_of(arguments: argparse.Namespace, device: str, directory: Path) -> Plan
         "load_ctas": arguments.ctas,
         "load_steps": arguments.steps,
         "load_rate": arguments.rate_gb_s and arguments.rate_gb_s * 1e9,
+        "load_layers": arguments.paced_layers,
         "lengths": arguments.lengths,
         "repeats": arguments.repeats,
         "checks": arguments.checks,

@@ -17,7 +17,7 @@ from benchmarks.transfer_tickets import Node
 from decode_pool.config import DecodeOptions
 from decode_pool.worker import DecodeWorker
 from engine import wire
-from engine.batch import OnLayer, StepPlan
+from engine.batch import LayerHook, StepPlan
 from engine.engine import Engine
 from engine.scheduler import Emitted
 from engine.sequence import Sequence
@@ -141,7 +141,7 @@ class Crafts:
 
     # -- on the loop's thread
 
-    def _before_step(self, plan: StepPlan) -> OnLayer | None:
+    def _before_step(self, plan: StepPlan) -> LayerHook | None:
         return self._prefill.step_hook(plan) if self._prefill is not None else None
 
     def _after_step(self, emitted: list[Emitted]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from kv_transfer.config import TransferConfig
+
 Digest = Literal["auto", "all", "sampled", "none"]
 
 
@@ -59,12 +61,14 @@ class Plan:
     load_tokens: int
     load_rate: float
     """Bytes a second at which KV arrives when it is paced."""
+    load_layers: int
+    """Layers pushed at once when it is paced: those that a prefill worker joins into one piece."""
     lengths: tuple[int, ...]
     """Tokens of the prompts that are handed over."""
     repeats: int
     answer: int = 10
     """Tokens of the answer to each."""
-    ctas: int = 4
+    ctas: int = TransferConfig().max_ctas
     """Of the pair that hands over."""
     together: tuple[int, int]
     """Prompts that are asked for at once, and the tokens of each."""
@@ -105,19 +109,20 @@ GPU = Plan(
     ceiling_mib=(1, 4, 8, 16, 32, 64),
     cache=CacheShape(num_layers=32, num_kv_heads=8, head_dim=128, block_size=128, dtype="bfloat16"),
     pair_cells=(
-        *grid((4,), (32,), ("auto", "none", "all")),
-        *grid((4,), (8, 16, 64), ("auto",)),
-        *grid((2, 8), (8, 32), ("auto",)),
-        *grid((1, 16), (32,), ("auto",)),
+        *grid((8,), (32,), ("auto", "none", "all")),
+        *grid((8,), (8, 16, 64), ("auto",)),
+        *grid((4,), (8, 32), ("auto",)),
+        *grid((1, 2, 16), (32,), ("auto",)),
     ),
     pair_tokens=8192,
     batch=64,
     batch_prompt=840,
-    load_ctas=(2, 4, 8),
+    load_ctas=(8, 4, 2),
     load_steps=48,
     load_skip=8,
     load_tokens=2048,
     load_rate=5.6e9,
+    load_layers=4,
     lengths=(512, 2048, 8192),
     repeats=10,
     together=(4, 2048),
@@ -140,6 +145,7 @@ CPU = Plan(
     load_skip=2,
     load_tokens=64,
     load_rate=20e6,
+    load_layers=1,
     lengths=(24, 200),
     repeats=3,
     together=(2, 100),

@@ -193,7 +193,7 @@ class Node:
         return self._push_all(count, time.monotonic() + seconds, None)
 
     def load_on(self, rate: float | None) -> None:
-        """Fill tickets until `load_off`: at so many bytes a second, layer by layer; None: as fast as they are taken."""
+        """Fill tickets until `load_off`, at so many bytes a second and some layers at a time; None: at full speed."""
         self._stop.clear()
         self._pushed = []
 
@@ -250,9 +250,10 @@ class Node:
         if pace.rate is None:
             outlet.push(0, layout.num_layers, 0, slots)
         else:
-            for layer in range(layout.num_layers):
-                pace.wait(ticket.num_tokens * layout.bytes_per_token_layer)
-                outlet.push(layer, 1, 0, slots)
+            for layer in range(0, layout.num_layers, self._side.plan.load_layers):
+                count = min(self._side.plan.load_layers, layout.num_layers - layer)
+                pace.wait(count * ticket.num_tokens * layout.bytes_per_token_layer)
+                outlet.push(layer, count, 0, slots)
         outlet.finish(pb.TokenOutput(request_id=ticket.request_id, attempt=ticket.attempt, token_ids=[1]))
         return begun
 
