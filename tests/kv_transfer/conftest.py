@@ -101,9 +101,10 @@ def offer(
     first_token: int = 0,
     owner: str = "router",
     received: queue.SimpleQueue[ReceivedKV | tuple[TicketState, str]] | None = None,
+    name: str | None = None,
 ) -> Delivery:
     """Have a node grant a ticket for tokens [first_token, num_tokens)."""
-    name = f"ticket-{next(_names)}"
+    name = name or f"ticket-{next(_names)}"
     told = queue.SimpleQueue() if received is None else received
     grant = TicketGrant(
         ticket_id=name,
