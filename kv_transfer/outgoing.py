@@ -126,6 +126,11 @@ class Outgoing:
             self._equipment.staging.release(oldest.buffer)
         return oldest.finished
 
+    def close(self) -> None:
+        """Forget what is in flight, once the data channel is closed."""
+        self._in_flight.clear()
+        self._equipment.staging.close()
+
     def _copy(self, job: SendJob, piece: Piece, buffer: torch.Tensor) -> PieceAnnounced:
         """Fill the buffer with a piece and wait until it is there; what to say of it."""
         equipment, layout = self._equipment, self._context.layout

@@ -178,9 +178,10 @@ class ReceiverPair:
             self.close(str(error))
         finally:
             self.close("its data thread ended")
-            self._posted.clear()
             if self._transport is not None:
                 self._transport.close()
+            self._posted.clear()
+            self._staging.close()
 
     def _step(self) -> None:
         """Say verdicts, post every receive there is room for, then finish the oldest thing; or wait for news."""
