@@ -16,7 +16,7 @@ NUM_PAIRS = 8
 NUM_TOKENS = 256
 CHUNK = 32
 SOURCE = list(range(16))
-SLOW_S = 0.02
+SLOW_S = 0.2
 """A slow receiver's extra time for each of its pieces."""
 NUM_WAVES, WAVE, WARM_UP = 14, 5, 4
 
