@@ -55,11 +55,12 @@ class Event:
 class Child:
     """A process that hosts nodes."""
 
-    def __init__(self, transport: str, gpu: int, **config: object) -> None:
+    def __init__(self, transport: str, gpu: int, *, on_gpu: bool | None = None, **config: object) -> None:
+        """Begin a process; its KV is on that GPU if the transport is NCCL, or if it is said."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([other_side.__name__])
         self._pipe, there = context.Pipe()
-        on_gpu = transport == "nccl"
+        on_gpu = transport == "nccl" if on_gpu is None else on_gpu
         environment = {"CUDA_VISIBLE_DEVICES": str(gpu), "CUDA_DEVICE_MAX_CONNECTIONS": "32"} if on_gpu else {}
         settings = {"transport": transport, "piece_mib": 1, **config}
         device = "cuda:0" if on_gpu else "cpu"
@@ -171,15 +172,25 @@ class Delivery:
     opened_at: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def open(
+    def grant(
         cls, sender: Node, receiver: Node, blocks: Sequence[int], num_tokens: int, source_blocks: Sequence[int]
     ) -> Delivery:
         name = f"ticket-{next(_names)}"
         ticket = receiver.child.ask(
             "grant", name=receiver.name, ticket_id=name, num_tokens=num_tokens, blocks=list(blocks)
         )
-        sender.child.ask("open", name=sender.name, ticket=ticket)
         return cls(sender, receiver, ticket, list(source_blocks))
+
+    @classmethod
+    def open(cls, *args: Any) -> Delivery:
+        """Grant it, and begin to send."""
+        delivery = cls.grant(*args)
+        delivery.begin()
+        return delivery
+
+    def begin(self) -> None:
+        self.opened_at = time.monotonic()
+        self.sender.child.ask("open", name=self.sender.name, ticket=self.ticket)
 
     @property
     def name(self) -> str:
@@ -236,7 +247,7 @@ def record(case: str, transport: str, **measured: float) -> None:
 
 
 @contextmanager
-def children(transport: str, gpus: Sequence[int], **config: object) -> Iterator[list[Child]]:
+def children(transport: str, gpus: Sequence[int], **config: Any) -> Iterator[list[Child]]:
     """Processes that end with the test."""
     made = [Child(transport, gpu, **config) for gpu in gpus]
     try:

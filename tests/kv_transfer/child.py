@@ -95,12 +95,13 @@ class Hold:
         self.reached = threading.Event()
         self._gate = threading.Event()
         self._owner, self._name, self._original = owner, name, getattr(owner, name)
-        setattr(owner, name, self._stop)
 
-    def _stop(self, *args: Any, **kwargs: Any) -> Any:
-        self.reached.set()
-        self._gate.wait(HOLD_S)
-        return self._original(*args, **kwargs)
+        def stop(*args: Any, **kwargs: Any) -> Any:
+            self.reached.set()
+            self._gate.wait(HOLD_S)
+            return self._original(*args, **kwargs)
+
+        setattr(owner, name, stop)
 
     def release(self) -> None:
         setattr(self._owner, self._name, self._original)
@@ -229,6 +230,11 @@ class Host:
         here = self._memories[name].read()[:, :, :, slots(blocks, 0, num_tokens)]
         there = content(seed)[:, :, :, slots(source_blocks, 0, num_tokens)]
         return torch.equal(here.view(torch.int16), there.view(torch.int16))
+
+    def print_of(self, name: str, blocks: Sequence[int]) -> int:
+        """Changes with what is in these blocks."""
+        there = slots(blocks, 0, len(blocks) * LAYOUT.block_size)
+        return hash(self._memories[name].read()[:, :, :, there].view(torch.int16).numpy().tobytes())
 
     # -- trouble
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from tests.kv_transfer.cast import TRANSPORTS, Child, Delivery, Node, children, record, start
 from tests.kv_transfer.child import LAYOUT
@@ -16,7 +17,7 @@ NUM_PAIRS = 8
 NUM_TOKENS = 256
 CHUNK = 32
 SOURCE = list(range(16))
-SLOW_S = 0.2
+SLOW_S = 0.05
 """A slow receiver's extra time for each of its pieces."""
 NUM_WAVES, WAVE, WARM_UP = 14, 5, 4
 
@@ -86,6 +87,23 @@ def test_eight_pairs_in_any_order_beside_computing(two: list[Child]) -> None:
         assert sender.stats().lost_peers == receiver.stats().lost_peers == 0
     for node in [*groups[0], *groups[1]]:
         node.stop()
+
+
+ON_GPU = pytest.param(
+    True, marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+)
+
+
+@pytest.mark.parametrize("on_gpu", [False, ON_GPU])
+def test_two_workers_of_one_device_meet_over_gloo(on_gpu: bool) -> None:
+    """On a GPU NCCL would refuse; KV goes through page-locked memory instead."""
+    with children("auto", [0, 0], on_gpu=on_gpu) as made:
+        here, there = (start(child, name, seed=n) for n, (child, name) in enumerate(zip(made, "ab", strict=True)))
+        for sender, receiver in ((here, there), (there, here)):
+            delivery = Delivery.open(sender, receiver, range(20, 36), NUM_TOKENS, SOURCE)
+            delivery.send_all()
+            delivery.assert_delivered()
+        assert {info.transport for info in here.stats().pair_infos} == {"gloo"}
 
 
 def growth_of(counts: list[list[dict[str, int]]], side: int, key: str) -> int:

@@ -54,6 +54,11 @@ class Cast:
         self.victims.pop(0).close()
         self.victims.append(Child(self.transport, 1, **self.config))
 
+    def is_usual(self, census: dict[str, int]) -> bool:
+        """Whether nothing has leaked; over all cases NCCL may keep a few things for good."""
+        slack = 0 if self.transport == "gloo" else 4
+        return all(census[key] <= self.before[key] + slack for key in census)
+
     def settle(self) -> dict[str, int]:
         """What the survivor uses once it has only its pairs with the bystander."""
         self.survivor.await_pairs(2)
@@ -61,7 +66,7 @@ class Cast:
         while True:
             census: dict[str, int] = self.survivor.child.ask("census")
             usual = {key: census[key] for key in ("threads", "fds")}
-            if not self.before or usual == self.before or time.monotonic() > deadline:
+            if not self.before or self.is_usual(usual) or time.monotonic() > deadline:
                 return usual
             threading.Event().wait(0.05)
 
@@ -218,10 +223,12 @@ def test_a_peer_that_dies_or_stops(cast: Cast, blow: signal.Signals, role: str, 
     survivor.child.ask("check_integrity", name="survivor")
     stats = survivor.stats()
     assert (stats.pairs, stats.open_tickets, stats.open_sends) == (2, 0, 0)
-    assert after == cast.before
+    assert cast.is_usual(after), (after, cast.before)
 
 
 def come_back(cast: Cast, victim: Node, lost: Delivery, role: str) -> None:
+    blocks = list(lost.ticket.block_ids)
+    before = cast.survivor.child.ask("print_of", name="survivor", blocks=blocks)
     victim.child.strike(signal.SIGCONT)
     victim.child.ask("release")
     if role == "receiver":
@@ -232,6 +239,23 @@ def come_back(cast: Cast, victim: Node, lost: Delivery, role: str) -> None:
     again = cast.victim()
     deliver(*ends_of(cast, again, role), 16)
     again.stop()
+    assert cast.survivor.child.ask("print_of", name="survivor", blocks=blocks) == before, "nothing is written late"
+
+
+def test_a_ticket_for_a_peer_that_stands_still(cast: Cast) -> None:
+    """Its kernel takes the connection, and nobody answers."""
+    victim = cast.victim()
+    delivery = Delivery.grant(cast.survivor, victim, range(8, 11), NUM_TOKENS, SOURCE)
+    struck_at = victim.child.strike(signal.SIGSTOP)
+    delivery.begin()
+    delivery.send_all()
+    deliver(cast.survivor, cast.bystander, 24)
+    event = delivery.at_sender()
+    assert event.state is TicketState.LOST
+    assert event.at - struck_at < ENDED_WITHIN_S
+    record("SIGSTOP receiver before the pair", cast.transport, ended_s=event.at - struck_at)
+    come_back(cast, victim, delivery, "receiver")
+    assert cast.is_usual(cast.settle())
 
 
 def test_a_kill_in_the_middle_of_many_tickets(cast: Cast) -> None:
@@ -248,5 +272,6 @@ def test_a_kill_in_the_middle_of_many_tickets(cast: Cast) -> None:
     assert set(states) <= {TicketState.DELIVERED, TicketState.LOST}
     assert states[-1] is TicketState.LOST
     cast.replace()
-    assert cast.settle() == cast.before
+    after = cast.settle()
+    assert cast.is_usual(after), (after, cast.before)
     cast.survivor.child.ask("check_integrity", name="survivor")
