@@ -142,7 +142,7 @@ class TransferNode:
             if context.layout.slices_to(receiver.layout):
                 with self._lock:
                     if not self._stopped and _key(receiver) not in self._outgoing:
-                        self._new_pair(receiver)
+                        self._new_pair(receiver).start()
 
     def _open_job(self, receiver: Receiver, ticket: KVTicket, on_settled: Callable[[SendResult], None]) -> SendJob:
         """The part of a ticket that goes to one rank."""
@@ -154,16 +154,17 @@ class TransferNode:
                 raise PairError(f"worker {context.identity} has stopped: nothing can be sent")
             pair = self._outgoing.get(_key(receiver))
             if pair is None or not pair.adopt(job):
-                self._new_pair(receiver).adopt(job)
+                pair = self._new_pair(receiver)
+                pair.adopt(job)  # before it starts: it may fail at once, and then takes its jobs along
+                pair.start()
         return job
 
     def _new_pair(self, receiver: Receiver) -> SenderPair:
-        """Make a pair; the lock is held."""
+        """Make a pair, which is not started yet; the lock is held."""
         self._make_room()
         pair = SenderPair(self._context, receiver, next(self._attempts), on_closed=self._forget)
         self._outgoing[_key(receiver)] = pair
         self._alive.add(pair)
-        pair.start()
         return pair
 
     def _make_room(self) -> None:
