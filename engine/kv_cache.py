@@ -12,12 +12,16 @@ else touches meanwhile, on a GPU each on a stream of its own.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 
 from engine.errors import IntegrityError
-from engine.models.config import ModelConfig
 from engine.upload import upload
+
+if TYPE_CHECKING:
+    from engine.models.config import ModelConfig
 
 
 class KVCache:

@@ -23,6 +23,8 @@ from protos.worker_pb2 import TokenOutput
 collect_ignore = [] if find_spec("hypothesis") else ["test_jobs.py", "test_layout.py"]
 
 LAYOUT = KVLayout("tiny", num_layers=3, block_size=8, num_kv_heads=2, head_dim=4, dtype="float32")
+TICKET = KVTicket("t", "r", 1, "w", 1, ("127.0.0.1:1",), tuple(range(8)), 0, 64, LAYOUT, 30.0)
+FIRST = TokenOutput(request_id="r", token_ids=[7])
 SECRET = b"a cluster secret"
 BOUND_S = 10.0
 """Five times the two seconds within which each living side settles."""

@@ -11,7 +11,7 @@ from kv_transfer.errors import TicketError
 from kv_transfer.fan_out import FanOut, OnSettled
 from kv_transfer.ticket import SendResult, TicketState
 from protos.worker_pb2 import TokenOutput
-from tests.kv_transfer.test_jobs import FIRST, TICKET
+from tests.kv_transfer.conftest import FIRST, TICKET
 
 
 @dataclass

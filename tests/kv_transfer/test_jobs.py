@@ -11,13 +11,9 @@ from hypothesis import strategies as st
 
 from kv_transfer.errors import TicketError
 from kv_transfer.jobs import Piece, SendJob
-from kv_transfer.ticket import KVTicket, SendResult, TicketState
+from kv_transfer.ticket import SendResult, TicketState
 from kv_transfer.timers import Janitor
-from protos.worker_pb2 import TokenOutput
-from tests.kv_transfer.conftest import LAYOUT
-
-TICKET = KVTicket("t", "r", 1, "w", 1, ("127.0.0.1:1",), tuple(range(8)), 0, 64, LAYOUT, 30.0)
-FIRST = TokenOutput(request_id="r", token_ids=[7])
+from tests.kv_transfer.conftest import FIRST, TICKET
 
 
 @pytest.fixture
