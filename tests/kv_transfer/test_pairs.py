@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import threading
 import time
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -15,6 +17,7 @@ from kv_transfer.context import PairInfo, means_of
 from kv_transfer.handshake import Means
 from kv_transfer.jobs import SendJob
 from kv_transfer.node import TransferNode
+from kv_transfer.staging import StagingPool
 from kv_transfer.ticket import TicketState
 from tests.kv_transfer.conftest import BOUND_S, LAYOUT, Delivery, Make, Memory, first_token_of, offer, send_all, slots
 from tests.kv_transfer.test_peers import address_of
@@ -130,6 +133,31 @@ def test_a_pair_in_use_is_never_retired_and_the_cap_holds_again_later(make_node:
     deliver(sender, receivers[3])
     wait_until(lambda: set(states(sender)) == {"decode-3/1"}, "the others made room")
     assert sender.stats().retired_pairs == 3
+
+
+def test_a_closed_pair_gives_its_staging_back_at_once(make_node: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not when Python next looks for cycles: a GPU would wait for a gigabyte."""
+    buffers: list[weakref.ref[torch.Tensor]] = []
+    allocate = StagingPool._allocate
+
+    def watched(pool: StagingPool, num_bytes: int) -> torch.Tensor | None:
+        buffer = allocate(pool, num_bytes)
+        if buffer is not None:
+            buffers.append(weakref.ref(buffer))
+        return buffer
+
+    monkeypatch.setattr(StagingPool, "_allocate", watched)
+    sender, receiver = make_node("prefill", Memory(LAYOUT)), make_node("decode", Memory(LAYOUT))
+    gc.collect()
+    gc.disable()
+    try:
+        deliver(sender, receiver)
+        assert len(buffers) >= 2
+        sender.stop()
+        wait_until(lambda: receiver.stats().pairs == 0, "both ends are closed")
+        wait_until(lambda: not any(buffer() is not None for buffer in buffers), "all staging is free")
+    finally:
+        gc.enable()
 
 
 # -- back-pressure

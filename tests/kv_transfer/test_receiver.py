@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from kv_transfer.digest import Digester
 from kv_transfer.gloo import GlooTransport
 from kv_transfer.jobs import SendJob
 from kv_transfer.loopback import LoopbackTransport
@@ -93,6 +95,36 @@ def test_a_damaged_piece_aborts_its_ticket_and_is_not_written(two: Two, monkeypa
     assert delivery.at_receiver() == (TicketState.ABORTED, "digest mismatch")
     assert delivery.at_sender().reason == "digest mismatch"
     assert not two.target.kv.any()
+    assert two.receiver.stats().digest_mismatches == 1
+    monkeypatch.undo()
+    assert_usable(two)
+
+
+def test_a_digest_that_is_known_late_still_aborts_the_ticket(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where a piece and its digest are done together: it is written, and its ticket never delivered."""
+    prompt = Digester.begin
+
+    def late(digester: Digester, data: torch.Tensor) -> Callable[[], int]:
+        digester.is_prompt = False
+        return prompt(digester, data)
+
+    monkeypatch.setattr(Digester, "begin", late)
+    assert_usable(two)
+    for transport in (GlooTransport, LoopbackTransport):
+        honest = transport.send
+
+        def flip(self: object, data: torch.Tensor, honest: object = honest) -> object:
+            if is_piece(data):
+                data[data.numel() // 2] ^= 0x10
+            return honest(self, data)  # type: ignore[operator]
+
+        monkeypatch.setattr(transport, "send", flip)
+    delivery, job = begin(two)
+    assert delivery.at_receiver() == (TicketState.ABORTED, "digest mismatch")
+    assert delivery.at_sender().reason == "digest mismatch"
+    delivery.assert_told_once()
+    assert job.settled
+    assert two.target.kv[0, :, :24].any()
     assert two.receiver.stats().digest_mismatches == 1
     monkeypatch.undo()
     assert_usable(two)
