@@ -12,12 +12,16 @@ else touches meanwhile, on a GPU each on a stream of its own.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 
 from engine.errors import IntegrityError
-from engine.models.config import ModelConfig
 from engine.upload import upload
+
+if TYPE_CHECKING:
+    from engine.models.config import ModelConfig
 
 
 class KVCache:
@@ -91,6 +95,13 @@ class KVCache:
     def device(self) -> torch.device:
         """Where the KV lies."""
         return self.data.device
+
+    def warm_up(self) -> None:
+        """Compile what a GPU copies KV with."""
+        places, heads = self.locate(np.zeros(1, dtype=np.int64)), range(self.num_kv_heads)
+        piece = torch.empty(1, 2, 1, self.num_kv_heads, self.head_dim, dtype=self.data.dtype, device=self.device)
+        self.gather(0, 1, places, heads, piece)
+        self.scatter(0, 1, places, heads, piece)
 
     def locate(self, slot_ids: np.ndarray) -> torch.Tensor:
         """The slots as a tensor on the device; IntegrityError if one does not exist."""

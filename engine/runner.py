@@ -152,6 +152,7 @@ class ModelRunner:
         began = time.monotonic()
         capacity = min(self.max_model_len - 1, self.kv_cache.num_slots)
         self._run_typical(min(self.max_step_tokens, capacity))
+        self.kv_cache.warm_up()
         if self.device.type == "cuda" and self._options.cuda_graphs and self._options.tensor_parallel == 1:
             self._record_graphs(on_progress or (lambda done, total: None))
         log.info("warmed up", extra={"seconds": round(time.monotonic() - began, 2)})

@@ -148,9 +148,8 @@ class SendJob:
                 return
             if self._state is JobState.FINISHING:
                 raise TicketError(f"ticket {ticket.ticket_id}: a push came after finish")
-            self._pieces.append(
-                Piece(first_layer, num_layers, first_token, np.asarray(slot_ids), after, time.monotonic())
-            )
+            slots, now = np.asarray(slot_ids), time.monotonic()
+            self._pieces.append(Piece(first_layer, num_layers, first_token, slots, after, now))
         self._notify()
 
     def finish(self, first: TokenOutput | None) -> None:

@@ -131,6 +131,11 @@ class Outgoing:
                 self._equipment.staging.release(item.buffer)
         return [item.finished for item in leaving if item.finished is not None]
 
+    def close(self) -> None:
+        """Forget what is in flight, once the data channel is closed."""
+        self._in_flight.clear()
+        self._equipment.staging.close()
+
     def _copy(self, job: SendJob, piece: Piece, buffer: torch.Tensor) -> PieceAnnounced:
         """Fill the buffer with a piece and wait until it is there; what to say of it."""
         equipment, layout = self._equipment, self._context.layout

@@ -182,9 +182,10 @@ class ReceiverPair:
             self.close(str(error))
         finally:
             self.close("its data thread ended")
-            self._posted.clear()
             if self._transport is not None:
                 self._transport.close()
+            self._posted.clear()
+            self._staging.close()
 
     def _step(self) -> None:
         """Say verdicts, post every receive there is room for, then finish the oldest thing; or wait for news."""
@@ -215,6 +216,7 @@ class ReceiverPair:
         lane, bound_s = self._equipment.lane, self._context.config.peer_timeout_s
         with self._watch.waiting(f"a probe of {self.sender}", bound_s):
             self._transport.recv(buffer[: probe.num_bytes]).wait()
+            self._equipment.digester.begin(buffer)  # compiled now, and not when a piece waits for it
             lane.mark().wait()
         self._control.send(ControlMessage(probe_seen=ProbeSeen()))
         self._staging.release(buffer)

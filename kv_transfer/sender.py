@@ -293,6 +293,8 @@ class SenderPair:
             self._listener.join()
         if self._transport is not None:
             self._transport.close()
+        if self._outgoing is not None:
+            self._outgoing.close()
         if self._control is not None:
             self._control.close()
         self._on_closed(self)

@@ -84,6 +84,11 @@ class StagingPool:
         self._num_lent -= 1
         self._free.append(buffer)
 
+    def close(self) -> None:
+        """Give all memory back, lent or not: nothing reads or writes it any more."""
+        self._free.clear()
+        self._quota_bytes = self._num_lent = 0
+
     def _allocate(self, num_bytes: int) -> torch.Tensor | None:
         while self._free and self._allocated_bytes + num_bytes > self._quota_bytes:
             self._allocated_bytes -= self._free.pop().numel()

@@ -42,7 +42,7 @@ def _copy(layers: torch.Tensor, slot_ids: torch.Tensor, packed: torch.Tensor, *,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def kv_pack_kernel(
     layers, slot_ids, packed, num_tokens,
     layer_stride, value_stride, head_stride, slot_stride,

@@ -1,136 +1,318 @@
-"""A node in a process of its own, driven over stdin and stdout: one JSON object a line each way.
+"""A process that hosts nodes, driven by the test over a pipe.
 
-Commands: {"grant": num_tokens, "blocks": [...]}, {"send": ticket in hex, "tokens": how many to push,
-"finish": bool}, {"stats": true}, {"sum": [slots]}. Answers carry the command's name; what ends later
-arrives as {"event": "ready" | "end" | "settled", ...}.
+The test's half is `cast.Child`. Each request is (verb, arguments) and names a method of `Host`; the answer is
+("answer", value) or ("error", traceback). How tickets end arrives as ("event", kind, ticket_id, what, monotonic
+time). On a GPU the KV is the engine's real cache; on a CPU it is the same class, so that both run the same lines.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import functools
+import gc
+import os
 import threading
-from dataclasses import asdict
-from pathlib import Path
-from queue import SimpleQueue
+import time
+import traceback
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from typing import Any
 
+import numpy as np
 import torch
 
+import kv_transfer.receiver
+import kv_transfer.sender
+from engine.kv_cache import KVCache
 from kv_transfer.config import TransferConfig
+from kv_transfer.context import TransferStats
+from kv_transfer.fan_out import Outlet
+from kv_transfer.layout import KVLayout
+from kv_transfer.ledger import TicketLedger
 from kv_transfer.node import TransferNode
-from kv_transfer.ticket import KVTicket, ReceivedKV, SendResult
-from protos import worker_pb2
-from tests.kv_transfer import conftest
+from kv_transfer.ticket import KVTicket, ReceivedKV, SendResult, TicketGrant
+from protos.worker_pb2 import TokenOutput
 
-BOUND_S = 30.0
-ROOT = Path(__file__).parents[2]
+LAYOUT = KVLayout("tiny", num_layers=4, block_size=16, num_kv_heads=2, head_dim=64, dtype="bfloat16")
+NUM_BLOCKS = 64
+SECRET = b"a cluster secret"
+HOLD_S = 60.0
+"""Bound of a hold: longer than any test waits."""
 
 
-class Child:
-    """The parent's handle of a node in another process."""
+@functools.lru_cache(maxsize=4)
+def content(seed: int) -> torch.Tensor:
+    """What a node of that seed holds: [num_layers, 2, num_heads, num_slots, head_dim]."""
+    shape = (LAYOUT.num_layers, 2, LAYOUT.num_kv_heads, NUM_BLOCKS * LAYOUT.block_size, LAYOUT.head_dim)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
 
-    def __init__(self, worker_id: str, **config: object) -> None:
-        start = json.dumps({"worker_id": worker_id, "config": config})
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.kv_transfer.child", start],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
+
+def slots(blocks: Sequence[int], first_token: int, end_token: int) -> np.ndarray:
+    """Slots of tokens [first_token, end_token) of a sequence that begins in blocks[0]."""
+    tokens = np.arange(first_token, end_token)
+    size = LAYOUT.block_size
+    return np.asarray(blocks, dtype=np.int64)[tokens // size] * size + tokens % size
+
+
+class Memory:
+    """The engine's cache of one node, with a receiver's slowness to choose."""
+
+    def __init__(self, device: torch.device, seed: int | None) -> None:
+        self.cache = KVCache(
+            num_layers=LAYOUT.num_layers,
+            num_blocks=NUM_BLOCKS,
+            block_size=LAYOUT.block_size,
+            num_kv_heads=LAYOUT.num_kv_heads,
+            head_dim=LAYOUT.head_dim,
+            dtype=torch.bfloat16,
+            device=device,
         )
-        self._answers: SimpleQueue[dict[str, Any]] = SimpleQueue()
-        self.events: SimpleQueue[dict[str, Any]] = SimpleQueue()
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-        assert self._answers.get(timeout=BOUND_S)["started"]
+        self.cache.data.copy_(content(seed)) if seed is not None else self.cache.data.zero_()
+        self.scatter_delay_s = 0.0
 
-    def ask(self, **command: object) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
-        return self._answers.get(timeout=BOUND_S)
+    @property
+    def device(self) -> torch.device:
+        return self.cache.device
 
-    def event(self) -> dict[str, Any]:
-        return self.events.get(timeout=BOUND_S)
+    def gather(self, first_layer: int, num_layers: int, slot_ids: np.ndarray, heads: range, out: torch.Tensor) -> None:
+        self.cache.gather(first_layer, num_layers, slot_ids, heads, out)
 
-    def close(self) -> None:
-        """Kill the process if it still runs."""
-        self.process.kill()
-        self.process.wait(BOUND_S)
-        self._reader.join(BOUND_S)
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
+    def scatter(
+        self, first_layer: int, num_layers: int, slot_ids: np.ndarray, heads: range, data: torch.Tensor
+    ) -> None:
+        if self.scatter_delay_s:
+            time.sleep(self.scatter_delay_s)
+        self.cache.scatter(first_layer, num_layers, slot_ids, heads, data)
+
+    def read(self) -> torch.Tensor:
+        """Everything, on the CPU."""
+        return self.cache.data.cpu()
+
+
+class Hold:
+    """Stops threads of this process at one place, until it is released."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.reached = threading.Event()
+        self._gate = threading.Event()
+        self._owner, self._name, self._original = owner, name, getattr(owner, name)
+
+        def stop(*args: Any, **kwargs: Any) -> Any:
+            self.reached.set()
+            self._gate.wait(HOLD_S)
+            return self._original(*args, **kwargs)
+
+        setattr(owner, name, stop)
+
+    def release(self) -> None:
+        setattr(self._owner, self._name, self._original)
+        self._gate.set()
+
+
+class Host:
+    """The nodes of this process; its public methods are the verbs."""
+
+    def __init__(self, pipe: Connection, device: str, config: dict[str, Any]) -> None:
+        self._pipe = pipe
+        self._lock = threading.Lock()
+        self._device = torch.device(device)
+        self._config = TransferConfig(**config)
+        self._nodes: dict[str, TransferNode] = {}
+        self._memories: dict[str, Memory] = {}
+        self._jobs: dict[str, Outlet] = {}
+        self._holds: list[Hold] = []
+        self._computing: threading.Event | None = None
+
+    def serve(self) -> None:
+        """Do what the test asks until it hangs up."""
+        torch.set_num_threads(1)
         try:
-            self.process.stdin.close()
-        except BrokenPipeError:
-            pass
-        self.process.stdout.close()
+            while True:
+                verb, arguments = self._pipe.recv()
+                try:
+                    self._say("answer", getattr(self, verb)(**arguments))
+                except Exception:
+                    self._say("error", traceback.format_exc())
+        except (EOFError, OSError):
+            os._exit(0)
 
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            message = json.loads(line)
-            (self.events if "event" in message else self._answers).put(message)
+    def _say(self, *message: Any) -> None:
+        with self._lock:
+            self._pipe.send(message)
 
+    def _tell(self, kind: str, ticket_id: str, what: Any) -> None:
+        self._say("event", kind, ticket_id, what, time.monotonic())
 
-_lock = threading.Lock()
+    # -- nodes
 
+    def start(self, name: str, epoch: int = 1, seed: int | None = None) -> str:
+        """Start a node; one of that name that runs is stopped first."""
+        self.stop(name)
+        memory = Memory(self._device, seed)
+        self._warm_up(memory)
+        node = TransferNode(
+            worker_id=name, epoch=epoch, layout=LAYOUT, memory=memory, config=self._config, secret=SECRET
+        )
+        self._nodes[name], self._memories[name] = node, memory
+        return node.start()
 
-def _say(**message: object) -> None:
-    with _lock:
-        print(json.dumps(message), flush=True)
+    def _warm_up(self, memory: Memory) -> None:
+        """Run each kernel once: none can be loaded while a receive waits on the GPU."""
+        if self._device.type == "cuda":
+            from kv_transfer.checksum import begin_checksum
 
+            piece = torch.empty(1, 2, 16, 2, 64, dtype=torch.bfloat16, device=self._device)
+            memory.gather(0, 1, slots([0], 0, 16), range(2), piece)
+            memory.scatter(0, 1, slots([0], 0, 16), range(2), piece)
+            value = begin_checksum(piece.view(-1).view(torch.uint8))
+            memory.read()
+            torch.cuda.synchronize()
+            value()
 
-class _Told(SimpleQueue[Any]):
-    """Where a node's verdicts go: to the parent."""
+    def stop(self, name: str) -> None:
+        """Stop a node, if it runs."""
+        node = self._nodes.pop(name, None)
+        if node is not None:
+            node.check_integrity()
+            node.stop()
+            node.check_integrity(idle=True)
+            del self._memories[name]
 
-    def put(self, item: Any, *_: Any) -> None:
-        if isinstance(item, ReceivedKV):
-            _say(event="ready", id=item.ticket_id, num_bytes=item.num_bytes)
-        elif isinstance(item, SendResult):
-            _say(event="settled", id=item.ticket_id, state=item.state.value, reason=item.reason)
+    def meet(self, name: str, worker_id: str, epoch: int, address: str) -> None:
+        self._nodes[name].meet(worker_id, epoch, [address], LAYOUT)
+
+    def stats(self, name: str) -> TransferStats:
+        return self._nodes[name].stats()
+
+    def check_integrity(self, name: str) -> None:
+        self._nodes[name].check_integrity(idle=True)
+
+    # -- tickets
+
+    def grant(self, name: str, ticket_id: str, num_tokens: int, blocks: Sequence[int]) -> KVTicket:
+        def ready(received: ReceivedKV) -> None:
+            self._tell("ready", ticket_id, list(received.first.token_ids) if received.first is not None else None)
+
+        return self._nodes[name].grant(
+            TicketGrant(
+                ticket_id=ticket_id,
+                request_id=f"request of {ticket_id}",
+                attempt=1,
+                owner="router",
+                block_ids=tuple(blocks),
+                first_token=0,
+                num_tokens=num_tokens,
+                on_ready=ready,
+                on_end=lambda state, reason: self._tell("end", ticket_id, (state, reason)),
+            )
+        )
+
+    def open(self, name: str, ticket: KVTicket) -> None:
+        def settled(result: SendResult) -> None:
+            self._tell("settled", ticket.ticket_id, (result.state, result.reason))
+
+        self._jobs[ticket.ticket_id] = self._nodes[name].open_send(ticket, settled)
+
+    def push(self, blocks: Sequence[int], parts: Sequence[tuple[str, int, int, int]]) -> None:
+        """Push (ticket_id, layer, first_token, end_token) of the sequence that lies in these blocks, in this order."""
+        for ticket_id, layer, first, end in parts:
+            self._jobs[ticket_id].push(layer, 1, first, slots(blocks, first, end))
+
+    def finish(self, ticket_id: str) -> None:
+        self._jobs.pop(ticket_id).finish(TokenOutput(request_id=f"request of {ticket_id}", token_ids=[7]))
+
+    def abort(self, name: str, ticket_id: str) -> bool:
+        return self._nodes[name].abort(ticket_id, "its owner ends it")
+
+    def is_home(
+        self, name: str, blocks: Sequence[int], seed: int, source_blocks: Sequence[int], num_tokens: int
+    ) -> bool:
+        """Whether these blocks hold, bit for bit, what a node of that seed has in its blocks."""
+        here = self._memories[name].read()[:, :, :, slots(blocks, 0, num_tokens)]
+        there = content(seed)[:, :, :, slots(source_blocks, 0, num_tokens)]
+        return torch.equal(here.view(torch.int16), there.view(torch.int16))
+
+    def print_of(self, name: str, blocks: Sequence[int]) -> int:
+        """Changes with what is in these blocks."""
+        there = slots(blocks, 0, len(blocks) * LAYOUT.block_size)
+        return hash(self._memories[name].read()[:, :, :, there].view(torch.int16).numpy().tobytes())
+
+    # -- trouble
+
+    def slow(self, name: str, delay_s: float) -> None:
+        """Let each scatter of a node take that much longer."""
+        self._memories[name].scatter_delay_s = delay_s
+
+    def hold(self, where: str, transport: str) -> None:
+        """Stop this process's transfer threads at a place: connect, send, recv, or complete."""
+        if where == "connect":
+            self._holds += [Hold(kv_transfer.sender, "open_transport"), Hold(kv_transfer.receiver, "open_transport")]
+        elif where == "complete":
+            self._holds.append(Hold(TicketLedger, "complete"))
         else:
-            _say(event="end", state=item[0].value, reason=item[1])
+            self._holds.append(Hold(_transport_class(transport), where))
+
+    def await_hold(self) -> bool:
+        """Wait until a thread stands still; whether one does."""
+        deadline = time.monotonic() + 20
+        while not any(hold.reached.wait(0.01) for hold in self._holds):
+            if time.monotonic() > deadline:
+                return False
+        return True
+
+    def release(self) -> None:
+        """Let everything go on."""
+        for hold in reversed(self._holds):
+            hold.release()
+        self._holds.clear()
+
+    def compute(self, on: bool) -> None:
+        """Multiply matrices on the device until told otherwise."""
+        if self._computing is not None:
+            self._computing.set()
+            self._computing = None
+        if on:
+            self._computing = threading.Event()
+            begun = threading.Event()
+            threading.Thread(target=_multiply, args=(self._device, self._computing, begun), daemon=True).start()
+            begun.wait(HOLD_S)
+
+    def census(self) -> dict[str, int]:
+        """What a leak would show in."""
+        gc.collect()
+        with open("/proc/self/statm") as statm:
+            rss = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        counts = {"threads": len(os.listdir("/proc/self/task")), "fds": len(os.listdir("/proc/self/fd")), "rss": rss}
+        if self._device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self._device)
+            counts |= {"cuda_allocated": torch.cuda.memory_allocated(self._device), "cuda_used": total - free}
+        return counts
 
 
-def _send(node: TransferNode, command: dict[str, Any]) -> None:
-    ticket = KVTicket.from_proto(worker_pb2.KVTicket.FromString(bytes.fromhex(command["send"])))
-    job = node.open_send(ticket, _Told().put)
-    slot_ids = conftest.slots(command["blocks"], 0, command["tokens"])
-    for layer in range(conftest.LAYOUT.num_layers):
-        job.push(layer, 1, 0, slot_ids)
-    if command["finish"]:
-        job.finish(worker_pb2.TokenOutput(request_id=ticket.request_id, token_ids=[7]))
-    _say(sent=True)
+def _transport_class(transport: str) -> Any:
+    if transport == "nccl":
+        from kv_transfer.nccl import NcclTransport
+
+        return NcclTransport
+    from kv_transfer.gloo import GlooTransport
+
+    return GlooTransport
 
 
-def _main(start: dict[str, Any]) -> None:
-    torch.set_num_threads(1)
-    memory = conftest.Memory(conftest.LAYOUT, seed=5)
-    node = TransferNode(
-        worker_id=start["worker_id"],
-        epoch=1,
-        layout=conftest.LAYOUT,
-        memory=memory,
-        config=TransferConfig(**start["config"]),
-        secret=conftest.SECRET,
-    )
-    _say(started=node.start())
-    for line in sys.stdin:
-        command = json.loads(line)
-        if "grant" in command:
-            ticket = conftest.offer(node, command["grant"], command["blocks"], received=_Told()).ticket
-            _say(ticket=ticket.to_proto().SerializeToString().hex())
-        elif "send" in command:
-            _send(node, command)
-        elif "sum" in command:
-            _say(sum=memory.kv[:, :, command["sum"]].double().sum().item())
-        else:
-            _say(**asdict(node.stats()))
-    node.stop()
+def _multiply(device: torch.device, stop: threading.Event, begun: threading.Event) -> None:
+    size = 4096 if device.type == "cuda" else 128
+    matrix = torch.rand(size, size, device=device)
+    while not stop.is_set():
+        matrix = (matrix @ matrix).clamp_(0, 1)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+        begun.set()
+        stop.wait(0.001)
 
 
-if __name__ == "__main__":
-    _main(json.loads(sys.argv[1]))
+def main(pipe: Connection, environment: dict[str, str], device: str, config: dict[str, Any]) -> None:
+    """The process; the environment counts because nothing has touched CUDA before."""
+    os.environ.update(environment)
+    if device != "cpu":
+        torch.cuda.set_device(torch.device(device))
+        torch.zeros(1, device=device)
+    Host(pipe, device, config).serve()

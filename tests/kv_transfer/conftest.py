@@ -23,6 +23,8 @@ from protos.worker_pb2 import TokenOutput
 collect_ignore = [] if find_spec("hypothesis") else ["test_jobs.py", "test_layout.py"]
 
 LAYOUT = KVLayout("tiny", num_layers=3, block_size=8, num_kv_heads=2, head_dim=4, dtype="float32")
+TICKET = KVTicket("t", "r", 1, "w", 1, ("127.0.0.1:1",), tuple(range(8)), 0, 64, LAYOUT, 30.0)
+FIRST = TokenOutput(request_id="r", token_ids=[7])
 SECRET = b"a cluster secret"
 BOUND_S = 10.0
 """Five times the two seconds within which each living side settles."""
@@ -104,9 +106,10 @@ def offer(
     first_token: int = 0,
     owner: str = "router",
     received: queue.SimpleQueue[ReceivedKV | tuple[TicketState, str]] | None = None,
+    name: str | None = None,
 ) -> Delivery:
     """Have a node grant a ticket for tokens [first_token, num_tokens)."""
-    name = f"ticket-{next(_names)}"
+    name = name or f"ticket-{next(_names)}"
     told = queue.SimpleQueue() if received is None else received
     grant = TicketGrant(
         ticket_id=name,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 import numpy as np
@@ -11,13 +12,9 @@ from hypothesis import strategies as st
 
 from kv_transfer.errors import TicketError
 from kv_transfer.jobs import Piece, SendJob
-from kv_transfer.ticket import KVTicket, SendResult, TicketState
+from kv_transfer.ticket import SendResult, TicketState
 from kv_transfer.timers import Janitor
-from protos.worker_pb2 import TokenOutput
-from tests.kv_transfer.conftest import LAYOUT
-
-TICKET = KVTicket("t", "r", 1, "w", 1, ("127.0.0.1:1",), tuple(range(8)), 0, 64, LAYOUT, 30.0)
-FIRST = TokenOutput(request_id="r", token_ids=[7])
+from tests.kv_transfer.conftest import FIRST, TICKET
 
 
 @pytest.fixture
@@ -168,3 +165,73 @@ def test_nothing_may_follow_finish(janitor: Janitor) -> None:
         job.push(0, 1, 0, np.array([1]))
     with pytest.raises(TicketError, match="twice"):
         job.finish(FIRST)
+
+
+@dataclass
+class Backlog:
+    """A pair, seen from its job."""
+
+    is_backlogged: bool = True
+    noticed: int = 0
+
+    def notice(self, job: SendJob) -> None:
+        self.noticed += 1
+
+
+def test_room_is_told_once_to_who_paused_last(janitor: Janitor) -> None:
+    job, _ = new_job(janitor)
+    told: list[int] = []
+    assert not job.must_pause(lambda: told.append(0)), "no pair, no backlog"
+    pair = Backlog()
+    job.attach(pair)
+    job.made_room()
+    assert job.must_pause(lambda: told.append(1))
+    assert job.must_pause(lambda: told.append(2))
+    assert pair.noticed == 2, "so that room is told although the job has nothing to send"
+    job.made_room()
+    job.made_room()
+    assert told == [2]
+    pair.is_backlogged = False
+    assert not job.must_pause(lambda: told.append(3))
+
+
+def test_a_settled_job_never_pauses(janitor: Janitor) -> None:
+    job, _ = new_job(janitor)
+    job.attach(Backlog())
+    job.abort("client left")
+    assert not job.must_pause(lambda: None)
+
+
+@dataclass
+class Computed:
+    """An event of the engine's."""
+
+    done: bool = False
+
+    def query(self) -> bool:
+        return self.done
+
+
+def test_only_what_is_written_waits_to_be_sent(janitor: Janitor) -> None:
+    job, _ = new_job(janitor)
+    later = Computed()
+    job.push(0, 1, 0, np.arange(4))
+    job.push(1, 1, 0, np.arange(4), later)
+    assert job.waiting_places() == 4, "a layer that is being computed is no backlog"
+    later.done = True
+    assert job.waiting_places() == 8
+
+
+def test_a_joined_piece_is_ready_with_its_last_part(janitor: Janitor) -> None:
+    job, _ = new_job(janitor)
+    first, last = Computed(), Computed()
+    slot_ids = np.arange(4)
+    for layer, event in enumerate((first, None, last)):
+        job.push(layer, 1, 0, slot_ids, event)
+    (piece,) = take(job)
+    assert piece.num_layers == 3
+    assert piece.ready is last
+    job.push(0, 1, 4, slot_ids, first)
+    job.push(1, 1, 4, slot_ids)
+    (piece,) = take(job)
+    assert piece.ready is first

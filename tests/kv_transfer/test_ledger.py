@@ -255,3 +255,71 @@ def test_an_open_ticket_is_not_idle(book: Book) -> None:
         book.ledger.check_integrity(idle=True)
     book.ledger.end_all("over")
     book.end()
+
+
+# -- a ticket whose heads come over two pairs
+
+
+@pytest.fixture
+def halves(book: Book) -> tuple[Pair, Pair]:
+    """Two pairs with a head each, on rank 0."""
+    book.grant()
+    return Pair(heads=range(1)), Pair(heads=range(1, 2))
+
+
+def half_piece(first_layer: int, num_layers: int) -> PieceAnnounced:
+    return piece(first_layer, num_layers, 8, 13, num_bytes=num_layers * 13 * LAYOUT.bytes_per_head)
+
+
+def write_half(book: Book, half: Pair, first_layer: int = 0, num_layers: int = 3) -> None:
+    part = half_piece(first_layer, num_layers)
+    assert book.ledger.begin_write(half, part) is not None
+    book.ledger.end_write(part, 1, 0.25)
+
+
+def test_it_is_delivered_when_both_are_complete(book: Book, halves: tuple[Pair, Pair]) -> None:
+    for half in reversed(halves):
+        write_half(book, half)
+    book.ledger.check_integrity(idle=False)
+    book.ledger.complete(halves[1], "t", None, 0.0)
+    assert book.ledger.num_open == 1
+    assert book.ends.empty()
+    book.ledger.complete(halves[0], "t", TokenOutput(request_id="r", token_ids=[1]), 0.0)
+    received = book.end()
+    assert isinstance(received, ReceivedKV)
+    assert received.num_bytes == 39 * LAYOUT.bytes_per_token_layer
+    assert [half.told for half in halves] == [[("t", TicketState.DELIVERED, "")]] * 2
+
+
+def test_one_that_completes_too_early_ends_it_for_both(book: Book, halves: tuple[Pair, Pair]) -> None:
+    write_half(book, halves[0])
+    write_half(book, halves[1], num_layers=2)
+    book.ledger.complete(halves[1], "t", None, 0.0)
+    state, reason = book.end()
+    assert (state, reason) == (TicketState.ABORTED, "KV of 13 (layer, token) places never came")
+    assert [half.told for half in halves] == [[("t", state, reason)]] * 2
+
+
+def test_the_first_token_comes_with_the_first_heads(book: Book, halves: tuple[Pair, Pair]) -> None:
+    write_half(book, halves[0])
+    book.ledger.complete(halves[0], "t", None, 0.0)
+    assert book.end() == (TicketState.ABORTED, "the first token never came")
+
+
+def test_losing_one_pair_ends_it_and_tells_the_other(book: Book, halves: tuple[Pair, Pair]) -> None:
+    for half in halves:
+        write_half(book, half, num_layers=1)
+    assert book.ledger.end_all("peer lost", holder=halves[1]) == 1
+    assert book.end() == (TicketState.ABORTED, "peer lost")
+    assert halves[0].told == [("t", TicketState.ABORTED, "peer lost")]
+
+
+def test_a_pair_that_comes_while_the_ticket_is_ending_hears_its_end(book: Book, halves: tuple[Pair, Pair]) -> None:
+    first = half_piece(0, 1)
+    assert book.ledger.begin_write(halves[0], first) is not None
+    book.ledger.end("t", TicketState.ABORTED, "client left")
+    assert book.ledger.begin_write(halves[1], half_piece(0, 1)) is None
+    assert halves[1].told == []
+    book.ledger.end_write(first, 1, 0.1)
+    assert book.end() == (TicketState.ABORTED, "client left")
+    assert [half.told for half in halves] == [[("t", TicketState.ABORTED, "client left")]] * 2

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import random
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from kv_transfer.digest import Digester
 from kv_transfer.gloo import GlooTransport
 from kv_transfer.jobs import SendJob
 from kv_transfer.loopback import LoopbackTransport
 from kv_transfer.self_test import SMALL_BYTES
-from kv_transfer.ticket import TicketState
+from kv_transfer.ticket import ReceivedKV, TicketState
 from tests.kv_transfer.conftest import (
     BOUND_S,
     LAYOUT,
@@ -25,6 +29,7 @@ from tests.kv_transfer.conftest import (
     send_all,
     slots,
 )
+from tests.kv_transfer.test_digest import damaged
 from tests.kv_transfer.test_sender import assert_usable, wait_until
 
 
@@ -95,6 +100,36 @@ def test_a_damaged_piece_aborts_its_ticket_and_is_not_written(two: Two, monkeypa
     assert_usable(two)
 
 
+def test_a_digest_that_is_known_late_still_aborts_the_ticket(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where a piece and its digest are done together: it is written, and its ticket never delivered."""
+    prompt = Digester.begin
+
+    def late(digester: Digester, data: torch.Tensor) -> Callable[[], int]:
+        digester.is_prompt = False
+        return prompt(digester, data)
+
+    monkeypatch.setattr(Digester, "begin", late)
+    assert_usable(two)
+    for transport in (GlooTransport, LoopbackTransport):
+        honest = transport.send
+
+        def flip(self: object, data: torch.Tensor, honest: object = honest) -> object:
+            if is_piece(data):
+                data[data.numel() // 2] ^= 0x10
+            return honest(self, data)  # type: ignore[operator]
+
+        monkeypatch.setattr(transport, "send", flip)
+    delivery, job = begin(two)
+    assert delivery.at_receiver() == (TicketState.ABORTED, "digest mismatch")
+    assert delivery.at_sender().reason == "digest mismatch"
+    delivery.assert_told_once()
+    assert job.settled
+    assert two.target.kv[0, :, :24].any()
+    assert two.receiver.stats().digest_mismatches == 1
+    monkeypatch.undo()
+    assert_usable(two)
+
+
 def test_swapped_pieces_are_caught(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two pieces of one size whose bytes change places on the way."""
     held: list[torch.Tensor] = []
@@ -115,6 +150,43 @@ def test_swapped_pieces_are_caught(two: Two, monkeypatch: pytest.MonkeyPatch) ->
         job.push(0, 3, 0, slots([block], 0, 8))
         assert delivery.at_receiver() == (TicketState.ABORTED, "digest mismatch")
     assert not two.target.kv.any()
+
+
+@pytest.mark.parametrize("kind", ["bit flip", "truncated", "swapped pieces", "swapped runs"])
+def test_damage_on_the_way_never_reaches_a_delivered_ticket(
+    make_node: Make, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """End to end what test_digest counts: every other piece is damaged while many tickets are sent."""
+    draw, honest, sent = random.Random(3), LoopbackTransport.send, [np.zeros(1 << 20, dtype=np.uint8)]
+
+    def faulty(self: LoopbackTransport, data: torch.Tensor) -> object:
+        if not is_piece(data):
+            return honest(self, data)
+        true = data.numpy().copy()
+        other, sent[0] = sent[0][: len(true)], true
+        wrong = damaged(true, other, kind, draw) if len(other) == len(true) and draw.random() < 0.5 else true
+        num_damaged.extend([1] * (not np.array_equal(wrong, true)))
+        return honest(self, torch.from_numpy(wrong))
+
+    num_damaged: list[int] = []
+    monkeypatch.setattr(LoopbackTransport, "send", faulty)
+    source, target = Memory(LAYOUT, seed=1), Memory(LAYOUT)
+    sender, receiver = make_node("prefill", source, digest="all"), make_node("decode", target, digest="all")
+    num_delivered = 0
+    for n in range(40):
+        delivery = offer(receiver, 24, [3 * (n % 20), 3 * (n % 20) + 1, 3 * (n % 20) + 2])
+        before = len(num_damaged)
+        send_all(sender, delivery, [n, n + 1, n + 2])
+        end, result = delivery.at_receiver(), delivery.at_sender()
+        if len(num_damaged) > before:
+            assert end == (TicketState.ABORTED, "digest mismatch")
+            assert result.state is TicketState.ABORTED
+        else:
+            assert isinstance(end, ReceivedKV), end
+            num_delivered += 1
+            Two(sender, receiver, source, target).assert_same([n, n + 1, n + 2], delivery.ticket.block_ids, 0, 24)
+    assert num_delivered > 3
+    assert receiver.stats().digest_mismatches >= 10
 
 
 def test_without_digests_damage_is_not_seen(make_node: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from kv_transfer.receiver import ReceiverPair
+from kv_transfer.sender import SenderPair
 from kv_transfer.ticket import SendResult, TicketState
 from tests.kv_transfer.conftest import (
     BOUND_S,
@@ -231,6 +232,25 @@ def test_nobody_at_the_address_is_lost(make_node: Make) -> None:
     result = delivery.at_sender()
     assert result.state is TicketState.LOST
     assert "nobody answers" in result.reason
+
+
+def test_a_pair_that_fails_at_once_takes_its_first_ticket_along(
+    make_node: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = SenderPair.start
+
+    def start(pair: SenderPair) -> None:
+        begin(pair)
+        wait_until(lambda: pair.info.state == "closed", "the dialling has failed")
+
+    monkeypatch.setattr(SenderPair, "start", start)
+    sender = make_node("prefill", Memory(LAYOUT))
+    receiver = make_node("decode", Memory(LAYOUT))
+    delivery = offer(receiver, 8, [0])
+    receiver.stop()
+    send_all(sender, delivery, [0])
+    assert delivery.at_sender().state is TicketState.LOST
+    delivery.at_receiver()
 
 
 def test_a_ticket_can_be_given_up_while_the_pair_is_being_made(make_node: Make) -> None:
