@@ -35,6 +35,12 @@ def test_colocated_starts_the_decode_pool_alone_and_each_worker_does_both() -> N
     ]
 
 
+def test_a_worker_of_several_ranks_has_a_bundle_for_each() -> None:
+    plans = wanted_workers(config(0, 2, mode="colocated", tensor_parallel=4), gpus=8)
+    assert [plan.bundles for plan in plans] == [({"CPU": FRONT_CPUS}, *[{"CPU": 1.0, "GPU": 1.0}] * 4)] * 2
+    assert "GPU" not in total(wanted_workers(config(0, 2, mode="colocated", tensor_parallel=4), gpus=7))
+
+
 def test_each_rank_on_a_gpu_reserves_one_and_its_threads() -> None:
     plans = wanted_workers(config(1, 1, threads=3, device="cuda"), gpus=2)
     assert [plan.bundles[1:] for plan in plans] == [({"CPU": 3.0, "GPU": 1.0},)] * 2

@@ -65,12 +65,18 @@ def say(**event: object) -> None:
     print(json.dumps(event), flush=True)
 
 
+ending = threading.Lock()
+"""Taken for good by the first thread that finds another rank lost."""
+
+
 def lost(*what: object) -> None:
+    ending.acquire()
     say(lost=[str(word) for word in what])
     os._exit(EXIT_LOST)
 
 
 def follow(path: str, model: str, rank: int, size: int, timeout_s: float) -> None:
+    from engine.errors import RankLostError
     from engine.follower import Follower
     from engine.runner import ModelRunner, choose_device
     from tests.engine.ranked import cache_options, engine_options, model_options
@@ -81,7 +87,10 @@ def follow(path: str, model: str, rank: int, size: int, timeout_s: float) -> Non
     parallel = follower.connect(choose_device(options.device))
     runner = ModelRunner(model_options(model), cache_options(), options, parallel=parallel)
     say(ready=rank)
-    follower.serve(runner)
+    try:
+        follower.serve(runner)
+    except RankLostError as error:  # found out by the step that computes, before the reader has
+        lost(error)
     say(ended=rank)
 
 
