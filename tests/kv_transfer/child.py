@@ -73,15 +73,18 @@ class Memory:
     def device(self) -> torch.device:
         return self.cache.device
 
-    def gather(self, first_layer: int, num_layers: int, slot_ids: np.ndarray, heads: range, out: torch.Tensor) -> None:
-        self.cache.gather(first_layer, num_layers, slot_ids, heads, out)
+    def locate(self, slot_ids: np.ndarray) -> torch.Tensor:
+        return self.cache.locate(slot_ids)
+
+    def gather(self, first_layer: int, num_layers: int, places: torch.Tensor, heads: range, out: torch.Tensor) -> None:
+        self.cache.gather(first_layer, num_layers, places, heads, out)
 
     def scatter(
-        self, first_layer: int, num_layers: int, slot_ids: np.ndarray, heads: range, data: torch.Tensor
+        self, first_layer: int, num_layers: int, places: torch.Tensor, heads: range, data: torch.Tensor
     ) -> None:
         if self.scatter_delay_s:
             time.sleep(self.scatter_delay_s)
-        self.cache.scatter(first_layer, num_layers, slot_ids, heads, data)
+        self.cache.scatter(first_layer, num_layers, places, heads, data)
 
     def read(self) -> torch.Tensor:
         """Everything, on the CPU."""
@@ -161,8 +164,9 @@ class Host:
             from kv_transfer.checksum import begin_checksum
 
             piece = torch.empty(1, 2, 16, 2, 64, dtype=torch.bfloat16, device=self._device)
-            memory.gather(0, 1, slots([0], 0, 16), range(2), piece)
-            memory.scatter(0, 1, slots([0], 0, 16), range(2), piece)
+            places = memory.locate(slots([0], 0, 16))
+            memory.gather(0, 1, places, range(2), piece)
+            memory.scatter(0, 1, places, range(2), piece)
             value = begin_checksum(piece.view(-1).view(torch.uint8))
             memory.read()
             torch.cuda.synchronize()

@@ -83,7 +83,13 @@ def begun(make_node: Make, senders: int, receivers: int) -> tuple[Worker, Worker
     receiver = make_worker(make_node, "decode", 4, receivers)
     shared = offer_shared(sender, receiver, NUM_TOKENS, TARGET)
     push(shared, SOURCE, 0, 8, finish=False)
-    wait_until(lambda: all(node.stats().received_pieces for node in receiver.nodes), "every rank has begun")
+    num_holders = max(1, senders // receivers)
+
+    def begun_everywhere() -> bool:
+        tickets = [node._context.ledger._open[shared.ticket.ticket_id] for node in receiver.nodes]
+        return all(len(ticket.holders) == num_holders and not ticket.num_writing for ticket in tickets)
+
+    wait_until(begun_everywhere, "every pair has brought some")
     return sender, receiver, shared
 
 
