@@ -54,7 +54,7 @@ class TransferConfig:
     is not given more to compute for that pair."""
     piece_mib: int | None = None
     """Most bytes sent at once, in MiB: larger writes are cut, smaller ones joined while they wait; default: 4, and
-    32 between GPUs (four layers of 2,048 tokens of an 8B model)."""
+    32 between GPUs (four layers of 2,048 tokens of an 8B model), or half of a smaller staging."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -75,10 +75,9 @@ class TransferConfig:
         for name in ("piece_mib", "staging_mib", "max_ctas", "max_pairs"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        piece_mib = self.piece_mib or CPU_PIECE_MIB
-        if self.staging_mib is not None and self.staging_mib < 2 * piece_mib:
+        if self.staging_mib is not None and self.staging_mib < 2 * (self.piece_mib or 0):
             raise ValueError(
-                f"staging_mib ({self.staging_mib}) must hold at least two pieces of piece_mib ({piece_mib})"
+                f"staging_mib ({self.staging_mib}) must hold at least two pieces of piece_mib ({self.piece_mib})"
             )
         if not 0 < self.digest_share <= 1:
             raise ValueError(f"digest_share must be above 0 and at most 1, got {self.digest_share}")
