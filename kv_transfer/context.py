@@ -119,8 +119,14 @@ class NodeContext:
     @property
     def piece_bytes(self) -> int:
         """Most bytes of a piece that this node sends."""
-        default = GPU_PIECE_MIB if self.memory.device.type == "cuda" else CPU_PIECE_MIB
-        return max((self.config.piece_mib or default) * MIB, self.layout.bytes_per_token_layer)
+        config = self.config
+        if config.piece_mib is not None:
+            num_bytes = config.piece_mib * MIB
+        else:
+            num_bytes = (GPU_PIECE_MIB if self.memory.device.type == "cuda" else CPU_PIECE_MIB) * MIB
+            if config.staging_mib is not None:
+                num_bytes = min(num_bytes, config.staging_mib * MIB // 2)
+        return max(num_bytes, self.layout.bytes_per_token_layer)
 
     @property
     def staging_bytes(self) -> int:

@@ -29,9 +29,6 @@ class Digester:
         self.is_prompt = not on_gpu
         """Whether a received piece's digest is known before the piece is written, or only together with it."""
         self._draw = random.Random().random
-        algorithm = "multiply-add-64" if on_gpu else "xxh3-64"
-        self.name = "none" if policy == "none" else f"{algorithm}, {policy}"
-        """What the two ends must agree on."""
 
     def wanted(self) -> bool:
         """Whether the next piece carries a digest."""

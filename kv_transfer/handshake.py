@@ -119,7 +119,10 @@ class Handshake:
         control.send(ControlMessage(proof=PairProof(mac=mac)))
         _, message = _read(control, "ready", deadline)
         control.max_bytes = MAX_PEER_BYTES
-        return Agreed(receiver, _layout_of(challenge.layout), message.ready.transport, attempt)
+        transport = message.ready.transport
+        if transport != self._means.transport and not (self._means.is_auto and transport == "gloo"):
+            raise ProtocolError(f"{control.peer} takes {transport!r} to carry the bytes, which was not offered")
+        return Agreed(receiver, _layout_of(challenge.layout), transport, attempt)
 
     def as_receiver(self, control: ControlConnection) -> Agreed:
         """Answer a stranger; returns what is agreed once it has proved itself, else tells it why not and raises.

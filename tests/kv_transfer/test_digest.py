@@ -24,21 +24,19 @@ def share_of(digester: Digester, draws: int = 20_000) -> float:
 
 
 @pytest.mark.parametrize(
-    ("policy", "on_gpu", "share", "name"),
+    ("policy", "on_gpu", "share"),
     [
-        ("auto", False, 1.0, "xxh3-64, all"),
-        ("auto", True, 1 / 16, "multiply-add-64, sampled"),
-        ("all", False, 1.0, "xxh3-64, all"),
-        ("all", True, 1.0, "multiply-add-64, all"),
-        ("sampled", False, 1 / 16, "xxh3-64, sampled"),
-        ("none", False, 0.0, "none"),
-        ("none", True, 0.0, "none"),
+        ("auto", False, 1.0),
+        ("auto", True, 1 / 16),
+        ("all", False, 1.0),
+        ("all", True, 1.0),
+        ("sampled", False, 1 / 16),
+        ("none", False, 0.0),
+        ("none", True, 0.0),
     ],
 )
-def test_policies(policy: DigestPolicy, on_gpu: bool, share: float, name: str) -> None:
-    chosen = digester(policy, on_gpu=on_gpu)
-    assert share_of(chosen) == pytest.approx(share, rel=0.25)
-    assert chosen.name == name
+def test_policies(policy: DigestPolicy, on_gpu: bool, share: float) -> None:
+    assert share_of(digester(policy, on_gpu=on_gpu)) == pytest.approx(share, rel=0.25)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.5, 1.0])

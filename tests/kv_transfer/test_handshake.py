@@ -131,6 +131,20 @@ def test_nccl_on_one_gpu_is_refused_where_an_end_insists_on_it(ends: Ends, is_au
         received.result(5)
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(CPU, "loopback"), (Means("nccl", False, "GPU-1"), "gloo"), (Means("nccl", True, "G"), "")]
+)
+def test_a_transport_that_was_not_offered_is_an_error(ends: Ends, ours: Means, theirs: str) -> None:
+    def run() -> None:
+        receiver(means=ours if ours is CPU else Means("nccl", True, "GPU-2")).as_receiver(ends.there)
+        ends.there.send(ControlMessage(ready=PairReady(transport=theirs)))
+
+    answered = ends.pool.submit(run)
+    with pytest.raises(ProtocolError, match=f"takes '{theirs}' to carry the bytes, which was not offered"):
+        sender(means=ours).as_sender(ends.here, RECEIVER, attempt=1)
+    answered.result(5)
+
+
 def test_a_sender_does_not_go_on_with_a_receiver_of_another_secret(ends: Ends) -> None:
     received = ends.receive(receiver(secret=b"another"))
     with pytest.raises(PairRefusedError, match="holds another cluster secret"):

@@ -224,6 +224,17 @@ def test_jobs_of_one_pair_share_its_backlog_and_each_hears_of_room(make_node: Ma
         delivery.at_receiver()
 
 
+@pytest.mark.parametrize(("staging_mib", "piece_mib"), [(None, 4), (64, 4), (4, 2), (1, 0.5)])
+def test_pieces_fit_a_small_staging_by_themselves(make_node: Make, staging_mib: int | None, piece_mib: float) -> None:
+    """A GPU's default piece of 32 MiB would not fit where somebody sets staging_mib to 16."""
+    sender = make_node("prefill", Memory(LARGE, seed=1), layout=LARGE, staging_mib=staging_mib)
+    receiver = make_node("decode", Memory(LARGE), layout=LARGE, staging_mib=staging_mib)
+    assert sender._context.piece_bytes == piece_mib * (1 << 20)
+    delivery = offer(receiver, 512, range(64))
+    push_layers(sender, delivery, range(3)).finish(first_token_of(delivery))
+    delivery.assert_delivered()
+
+
 # -- what carries the bytes
 
 
