@@ -64,7 +64,7 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cell-s", type=float, help="seconds of a figure of the pair section")
     parser.add_argument("--steps", type=int, help="decode steps of one phase of decode-load")
     parser.add_argument("--rate-gb-s", type=float, help="KV that arrives when it is paced")
-    parser.add_argument("--paced-layers", type=int, help="layers pushed at once when it is paced; GPU default: 4")
+    parser.add_argument("--paced-layers", type=int, help="layers pushed at once when it is paced; GPU default: 16")
     parser.add_argument("--lengths", type=_numbers, help="prompts of hand-over")
     parser.add_argument("--repeats", type=int, help="hand-overs of each length")
     parser.add_argument("--checks", type=int, help="answers that are compared")
