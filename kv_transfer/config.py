@@ -11,7 +11,7 @@ DigestPolicy = Literal["auto", "all", "sampled", "none"]
 SlowPairPolicy = Literal["warn", "refuse"]
 
 CPU_PIECE_MIB, GPU_PIECE_MIB = 4, 128
-CPU_STAGING_PIECES, GPU_STAGING_PIECES = 4, 2
+CPU_STAGING_PIECES, GPU_STAGING_PIECES = 4, 3
 EXPECTED_GB_S = {"nccl": 10.0, "gloo": 0.05, "loopback": 0.05}
 
 
@@ -52,7 +52,7 @@ class TransferConfig:
     idle_pair_s: float = 300.0
     """A pair with nothing to send for this long is closed."""
     staging_mib: int | None = None
-    """Most staging memory of one end of a pair, in MiB; default: four pieces, two between GPUs. A sender whose
+    """Most staging memory of one end of a pair, in MiB; default: four pieces, three between GPUs. A sender whose
     backlog is as large is not given more to compute for that pair."""
     piece_mib: int | None = None
     """Most bytes sent at once, in MiB: larger writes are cut, smaller ones joined while they wait; default: 4, and

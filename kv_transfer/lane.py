@@ -25,6 +25,9 @@ class Lane(Protocol):
     def enter(self) -> None:
         """From now on what the calling thread enqueues goes onto this lane."""
 
+    def enter_beside(self) -> None:
+        """From now on what the calling thread enqueues waits for nothing on this lane, nor for the engine."""
+
     def follow(self, event: Any) -> None:
         """Let what comes next wait for an event of the engine's; None: for nothing."""
 
@@ -43,6 +46,9 @@ class CpuLane:
     """The calling thread."""
 
     def enter(self) -> None:
+        """It is there."""
+
+    def enter_beside(self) -> None:
         """It is there."""
 
     def follow(self, event: Any) -> None:
@@ -69,10 +75,15 @@ class CudaLane:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device, priority=-1)
+        self._beside = torch.cuda.Stream(device, priority=-1)
 
     def enter(self) -> None:
         """Make the lane's stream the thread's current one; streams are current thread by thread."""
         torch.cuda.set_stream(self._stream)
+
+    def enter_beside(self) -> None:
+        """Make a stream on which nothing is ever computed the thread's current one."""
+        torch.cuda.set_stream(self._beside)
 
     def follow(self, event: Any) -> None:
         """Wait for the event on the GPU, not here."""

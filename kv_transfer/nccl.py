@@ -71,16 +71,18 @@ class NcclTransport:
         self._group: ProcessGroupNCCL | None = None
         self._error: RuntimeError | None = None
         self._is_late = False
-        making = threading.Thread(target=self._make, args=(options,), name="kv-nccl-make", daemon=True)
+        made = threading.Event()
+        store.on_close = made.set
+        making = threading.Thread(target=self._make, args=(options, made), name="kv-nccl-make", daemon=True)
         making.start()
-        making.join(options.connect_timeout_s)
+        made.wait(options.connect_timeout_s)
         with self._abort_lock:
             self._is_late = self._group is None
         if self._group is None:
             why = _first_line(self._error) if self._error else f"no group within {options.connect_timeout_s:g} s"
             raise TransportError(f"nccl could not connect: {why}")
 
-    def _make(self, options: ChannelOptions) -> None:
+    def _make(self, options: ChannelOptions, made: threading.Event) -> None:
         """Make the group; one that comes too late is aborted."""
         from torch._C._distributed_c10d import ProcessGroupNCCL
 
@@ -95,12 +97,14 @@ class NcclTransport:
             group.eager_connect_single_device(options.device)
         except RuntimeError as error:
             self._error = error
+            made.set()
             return
         with self._abort_lock:
             if not self._is_late:
                 self._group = group
-                return
-        group.abort()
+        made.set()
+        if self._group is None:
+            group.abort()
 
     def send(self, data: torch.Tensor) -> Transfer:
         """Start sending."""

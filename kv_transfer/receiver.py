@@ -1,9 +1,10 @@
 """The receiving end of a pair: receives every announced piece in order, and writes what its ticket allows.
 
 States: CONNECTING (data channel, self-test) -> READY -> CLOSED, as at the sender. Two threads: the control thread
-reads announcements and heartbeats and never waits for data; the data thread posts the receives, asks the
-ledger, scatters, checks digests, and says the verdicts. A piece whose ticket has ended is received
-and dropped. Losing the peer aborts the tickets whose KV came over this pair.
+reads announcements and heartbeats, posts a receive for each piece at once (while it waits, the sender's kernel
+spins), and never waits for data; the data thread asks the ledger, scatters, checks digests, and says the verdicts.
+A piece that finds no staging is posted by the data thread as soon as some is free. A piece whose ticket has
+ended is received and dropped. Losing the peer aborts the tickets whose KV came over this pair.
 """
 
 from __future__ import annotations
@@ -77,9 +78,13 @@ class ReceiverPair:
         self._changed = threading.Condition()
         self._closed = False
         self._inbox: deque[tuple[Item, float]] = deque()
+        """Heard, and not posted yet."""
+        self._posted: deque[tuple[_Incoming | TicketComplete | Probe, float]] = deque()
+        """Next for the data thread, in the order heard."""
         self._verdicts: deque[TicketSettled] = deque()
-        self._posted: deque[_Incoming] = deque()
         self._equipment = context.equip(Side.RECEIVER, agreed.transport)
+        self._posting = threading.Lock()
+        """Held by who posts, and for the staging, which both threads use."""
         self._staging = self._equipment.staging
         self._watch = Watch()
         self._is_ready = False
@@ -108,6 +113,7 @@ class ReceiverPair:
         try:
             self._control.send(ControlMessage(ready=PairReady(transport=self._agreed.transport)))
             self._thread.start()
+            self._equipment.lane.enter_beside()
             self._control.watch(
                 self._handle,
                 check=self._watch.check,
@@ -168,7 +174,7 @@ class ReceiverPair:
     def _put(self, item: Item) -> None:
         with self._changed:
             self._inbox.append((item, time.monotonic()))
-            self._changed.notify()
+        self._post()
 
     # -- the data thread
 
@@ -176,6 +182,7 @@ class ReceiverPair:
         try:
             self._equipment.lane.enter()
             self._transport = open_transport(self._agreed.transport, self._equipment.channel, self._store)
+            self._post()  # what was heard meanwhile
             while not self._closed:
                 self._step()
         except TransferError as error:
@@ -188,29 +195,26 @@ class ReceiverPair:
             self._staging.close()
 
     def _step(self) -> None:
-        """Say verdicts, post every receive there is room for, then finish the oldest thing; or wait for news."""
+        """Say verdicts, then finish the oldest thing heard; or wait for news."""
         with self._changed:
-            while not (self._inbox or self._posted or self._verdicts or self._closed):
+            while not (self._posted or self._verdicts or self._closed):
                 self._changed.wait()
             verdicts = list(self._verdicts)
             self._verdicts.clear()
+            item, heard_at = self._posted.popleft() if self._posted else (None, 0.0)
         for verdict in verdicts:
             self._control.send(ControlMessage(settled=verdict))
-        self._post_receives()
-        if self._posted:
-            self._land(self._posted.popleft())
-            return
-        item, heard_at = self._inbox[0] if self._inbox else (None, 0.0)
-        if isinstance(item, TicketComplete):
-            self._inbox.popleft()
+        if isinstance(item, _Incoming):
+            self._land(item)
+        elif isinstance(item, TicketComplete):
             first = item.first if item.HasField("first") else None
             self._context.ledger.complete(self, item.ticket_id, first, heard_at - item.first_age_s)
         elif isinstance(item, Probe):
-            self._inbox.popleft()
             self._answer_probe(item)
 
     def _answer_probe(self, probe: Probe) -> None:
-        buffer = self._staging.acquire(probe.num_bytes)
+        with self._posting:
+            buffer = self._staging.acquire(probe.num_bytes)
         assert buffer is not None, "nothing is posted"
         assert self._transport is not None
         lane, bound_s = self._equipment.lane, self._context.config.peer_timeout_s
@@ -219,27 +223,44 @@ class ReceiverPair:
             self._equipment.digester.begin(buffer)  # compiled now, and not when a piece waits for it
             lane.mark().wait()
         self._control.send(ControlMessage(probe_seen=ProbeSeen()))
-        self._staging.release(buffer)
+        self._give_back(buffer)
 
-    def _post_receives(self) -> None:
-        """Post receives for announced pieces, up to the next completion or the staging's end."""
+    def _give_back(self, buffer: torch.Tensor) -> None:
+        """A piece has passed: its staging is free for what waits."""
+        with self._posting:
+            self._staging.release(buffer)
+        self._post()
+
+    # -- either thread
+
+    def _post(self) -> None:
+        """Hand what was heard to the data thread, receives posted, as far as the staging goes."""
+        with self._posting:
+            while self._transport is not None and self._inbox and not self._closed:
+                item, heard_at = self._inbox[0]
+                posted = self._post_receive(item) if isinstance(item, PieceAnnounced) else item
+                if posted is None:
+                    return
+                self._inbox.popleft()
+                with self._changed:
+                    self._posted.append((posted, heard_at))
+                    self._changed.notify()
+
+    def _post_receive(self, piece: PieceAnnounced) -> _Incoming | None:
+        """Post one receive; None while there is no staging for it."""
+        if piece.sequence_number != self._next_number or piece.num_bytes < 1:
+            raise ProtocolError(
+                f"{self.sender} announced piece {piece.sequence_number} of {piece.num_bytes} bytes, "
+                f"piece {self._next_number} was next"
+            )
         assert self._transport is not None
-        while self._inbox:
-            piece, heard_at = self._inbox[0]
-            if not isinstance(piece, PieceAnnounced):
-                return
-            if piece.sequence_number != self._next_number or piece.num_bytes < 1:
-                raise ProtocolError(
-                    f"{self.sender} announced piece {piece.sequence_number} of {piece.num_bytes} bytes, "
-                    f"piece {self._next_number} was next"
-                )
-            buffer = self._staging.acquire(piece.num_bytes)
-            if buffer is None:
-                return
-            self._inbox.popleft()
-            self._next_number += 1
-            transfer = self._transport.recv(buffer[: piece.num_bytes])
-            self._posted.append(_Incoming(piece, heard_at, buffer, transfer))
+        buffer = self._staging.acquire(piece.num_bytes)
+        if buffer is None:
+            return None
+        self._next_number += 1
+        return _Incoming(piece, self._inbox[0][1], buffer, self._transport.recv(buffer[: piece.num_bytes]))
+
+    # -- the data thread
 
     def _land(self, incoming: _Incoming) -> None:
         """Write a piece where its ticket says and check it; the ticket learns of it once the copy is done."""
@@ -265,7 +286,7 @@ class ReceiverPair:
             raise
         finally:
             self._landed(incoming, wrote=slots is not None, failure=failure)
-        self._staging.release(incoming.buffer)
+        self._give_back(incoming.buffer)
 
     def _check(self, piece: PieceAnnounced, digest: Value | None) -> None:
         """End the ticket of a piece that is not what was announced."""

@@ -28,6 +28,8 @@ class PairStore(Store):
         self._changed = threading.Condition()
         self._values: dict[str, bytes] = {}
         self._closed: str | None = None
+        self.on_close: Callable[[], None] = lambda: None
+        """Called when the store is closed, for a wait that is not the store's own."""
 
     def set(self, key: str, value: str | bytes) -> None:
         """Keep a value here and at the other end."""
@@ -48,6 +50,7 @@ class PairStore(Store):
         with self._changed:
             self._closed = reason
             self._changed.notify_all()
+        self.on_close()
 
     def get(self, key: str) -> bytes:
         """The value of a key, as soon as either end has set it."""

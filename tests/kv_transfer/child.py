@@ -7,6 +7,7 @@ time). On a GPU the KV is the engine's real cache; on a CPU it is the same class
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import gc
 import os
@@ -51,6 +52,9 @@ def slots(blocks: Sequence[int], first_token: int, end_token: int) -> np.ndarray
     tokens = np.arange(first_token, end_token)
     size = LAYOUT.block_size
     return np.asarray(blocks, dtype=np.int64)[tokens // size] * size + tokens % size
+
+
+M_ARENA_MAX = -8
 
 
 class Memory:
@@ -316,6 +320,7 @@ def _multiply(device: torch.device, stop: threading.Event, begun: threading.Even
 def main(pipe: Connection, environment: dict[str, str], device: str, config: dict[str, Any]) -> None:
     """The process; the environment counts because nothing has touched CUDA before."""
     os.environ.update(environment)
+    ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)  # as MALLOC_ARENA_MAX does in the cluster's processes
     if device != "cpu":
         torch.cuda.set_device(torch.device(device))
         torch.zeros(1, device=device)

@@ -218,6 +218,7 @@ def test_a_peer_that_dies_or_stops(cast: Cast, blow: signal.Signals, role: str, 
         other_pair_s=kept_s,
         next_s=next_s,
         pair_gone_s=pair_gone_s,
+        **{f"more_{key}": after[key] - cast.before[key] for key in after},
     )
     lost.assert_told_once(survivor)
     survivor.child.ask("check_integrity", name="survivor")
