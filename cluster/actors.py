@@ -186,7 +186,7 @@ class EngineActor:
 
 def _follow(spec: WorkerSpec, rank: int, secret: bytes, load: LoadTeller) -> tuple[FollowerHost, Numbers]:
     """A rank other than 0; its process ends with rank 0's."""
-    from cluster.rank_host import FollowerHost
+    from cluster.rank_host import FollowerHost, make_transfers
     from engine.follower import Follower
     from engine.model_source import fingerprint
     from engine.runner import ModelRunner, choose_device
@@ -202,13 +202,10 @@ def _follow(spec: WorkerSpec, rank: int, secret: bytes, load: LoadTeller) -> tup
     except BaseException:
         follower.close()
         raise
+    model_hash = fingerprint(runner.source, config.model.load_format)
+    transfers = make_transfers(follower, runner, model_hash=model_hash, config=config.transfer, secret=secret)
     host = FollowerHost(
-        follower,
-        runner,
-        model_hash=fingerprint(runner.source, config.model.load_format),
-        transfer=config.transfer,
-        secret=secret,
-        on_end=lambda well: os._exit(EXIT_DRAINED if well else EXIT_FAILED),
+        follower, runner, transfers, on_end=lambda well: os._exit(EXIT_DRAINED if well else EXIT_FAILED)
     )
     return host, host.numbers
 

@@ -29,28 +29,14 @@ class FollowerHost:
     """One rank's model, computing what rank 0 tells."""
 
     def __init__(
-        self,
-        follower: Follower,
-        runner: ModelRunner,
-        *,
-        model_hash: str,
-        transfer: TransferConfig,
-        secret: bytes,
-        on_end: Callable[[bool], None],
+        self, follower: Follower, runner: ModelRunner, transfers: RankTransfer, *, on_end: Callable[[bool], None]
     ) -> None:
         """`on_end` is called once, on the thread that computes: with True where the worker ended as it should."""
         self.follower = follower
         self.runner = runner
-        self._transfers = RankTransfer(
-            layout=kv_layout(runner, model_hash),
-            memory=runner.kv_cache,
-            config=transfer,
-            secret=secret,
-            report=follower.report,
-            mark=runner.mark,
-        )
-        follower.on_order = self._transfers.obey
-        follower.make_hook = self._transfers.hook
+        self._transfers = transfers
+        follower.on_order = transfers.obey
+        follower.make_hook = transfers.hook
         self._on_end = on_end
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="rank-steps", daemon=True)
@@ -91,3 +77,17 @@ class FollowerHost:
             self._transfers.stop()
             self._ended.set()
             self._on_end(as_it_should)
+
+
+def make_transfers(
+    follower: Follower, runner: ModelRunner, *, model_hash: str, config: TransferConfig, secret: bytes
+) -> RankTransfer:
+    """What this rank sends and receives, as rank 0 orders it."""
+    return RankTransfer(
+        layout=kv_layout(runner, model_hash),
+        memory=runner.kv_cache,
+        config=config,
+        secret=secret,
+        report=follower.report,
+        mark=runner.mark,
+    )

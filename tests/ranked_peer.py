@@ -9,7 +9,7 @@ from types import TracebackType
 
 import torch
 
-from cluster.rank_host import FollowerHost
+from cluster.rank_host import FollowerHost, make_transfers
 from engine.config import CacheOptions, EngineOptions, ModelOptions
 from engine.engine import Engine
 from engine.follower import Follower
@@ -71,13 +71,8 @@ class RankedPeer(Peer):
         model, cache, options = self._settings
         parallel = follower.connect(torch.device("cpu"))
         runner = ModelRunner(model, cache, options, parallel=parallel)
-        host = FollowerHost(
-            follower,
-            runner,
-            model_hash=fingerprint(runner.source, model.load_format),
-            transfer=self.transfer,
-            secret=b"secret",
-            on_end=lambda well: self._ended[follower.rank].set(),
-        )
+        model_hash = fingerprint(runner.source, model.load_format)
+        transfers = make_transfers(follower, runner, model_hash=model_hash, config=self.transfer, secret=b"secret")
+        host = FollowerHost(follower, runner, transfers, on_end=lambda well: self._ended[follower.rank].set())
         self.followers[follower.rank] = host
         host.start()

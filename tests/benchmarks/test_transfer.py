@@ -63,7 +63,7 @@ def test_the_command_line_changes_the_plan():
     assert (plan.ceiling_ctas, plan.ceiling_mib, plan.load_ctas) == ((2, 8), (16,), (2, 8))
     assert (plan.load_rate, plan.lengths) == (3e9, (99,))
     pieces = plan_of(arguments_of(["--ctas", "4"]), "cuda", Path("/")).pair_cells
-    assert {cell.piece_mib for cell in pieces} == {8, 16, 32, 64}
+    assert {cell.piece_mib for cell in pieces} == {8, 32, 64, 128}
 
 
 def test_sections_run_in_their_order_and_others_are_refused(capsys):

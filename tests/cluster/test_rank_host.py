@@ -47,13 +47,26 @@ class FakeRunner:
         self.warm = True
 
 
+class FakeTransfers:
+    stopped = False
+
+    def obey(self, payload: bytes) -> None:
+        """Nothing is ordered here."""
+
+    def hook(self, payload: bytes) -> None:
+        """Nothing is pushed here."""
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
 Started = tuple[FollowerHost, FakeFollower, "queue.SimpleQueue[bool]"]
 
 
 @pytest.fixture
 def started() -> Iterator[Started]:
     follower, ends = FakeFollower(), queue.SimpleQueue()
-    host = FollowerHost(follower, FakeRunner(), on_end=ends.put)  # type: ignore[arg-type]
+    host = FollowerHost(follower, FakeRunner(), FakeTransfers(), on_end=ends.put)  # type: ignore[arg-type]
     host.start()
     yield host, follower, ends
     host.stop()
@@ -67,9 +80,10 @@ def test_it_is_warm_before_it_serves_and_counts_its_steps(started: Started) -> N
 
 @pytest.mark.parametrize(("ending", "well"), [(None, True), (RankLostError("gone"), False), (MemoryError(), False)])
 def test_it_tells_how_it_ended(started: Started, ending: Exception | None, well: bool) -> None:
-    _, follower, ends = started
+    host, follower, ends = started
     follower.endings.put(ending)
     assert ends.get(timeout=BOUND_S) is well
+    assert host._transfers.stopped, "its transfers end with it"  # type: ignore[attr-defined]
 
 
 def test_a_drain_asks_rank_0_and_waits_for_the_end(started: Started) -> None:

@@ -4,6 +4,7 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -87,10 +88,15 @@ def test_seeded_sampling_does_not_depend_on_company_or_chunks(runner: ModelRunne
     assert answer(together[0]) == answer(lonely)
 
 
+def slots_of(sequence: Sequence, num_tokens: int) -> np.ndarray:
+    tokens = np.arange(num_tokens)
+    return np.asarray(sequence.block_ids)[tokens // 16] * 16 + tokens % 16
+
+
 def test_each_layer_is_told_once_its_kv_is_there(runner: ModelRunner) -> None:
     driver, cache = Driver(runner), runner.kv_cache
     sequence = driver.add(random_prompt(40, VOCAB_SIZE))
-    slots = [sequence.block_ids[position // 16] * 16 + position % 16 for position in range(40)]
+    places, heads = cache.locate(slots_of(sequence, 40)), range(cache.num_kv_heads)
     cache.data.zero_()
     seen: list[torch.Tensor] = []
 
@@ -98,12 +104,12 @@ def test_each_layer_is_told_once_its_kv_is_there(runner: ModelRunner) -> None:
         assert layer == len(seen)
         assert event is None
         seen.append(torch.empty(1, 2, 40, cache.num_kv_heads, cache.head_dim))
-        transfer.submit(cache.gather, layer, 1, slots, seen[-1]).result(10.0)
+        transfer.submit(cache.gather, layer, 1, places, heads, seen[-1]).result(10.0)
 
     with ThreadPoolExecutor(1) as transfer:
         driver.step([sequence], on_layer=on_layer)
     after = torch.empty(cache.num_layers, 2, 40, cache.num_kv_heads, cache.head_dim)
-    cache.gather(0, cache.num_layers, slots, after)
+    cache.gather(0, cache.num_layers, places, heads, after)
     assert torch.equal(torch.cat(seen), after)
     assert after.abs().amin(dim=(0, 1, 3, 4)).gt(0).all()
 
@@ -117,11 +123,11 @@ def test_another_runner_goes_on_with_transferred_kv(tiny_llama: Path) -> None:
     first.step([half])
     cache = first.runner.kv_cache
     data = torch.empty(cache.num_layers, 2, 100, cache.num_kv_heads, cache.head_dim)
-    cache.gather(0, cache.num_layers, [half.block_ids[p // 16] * 16 + p % 16 for p in range(100)], data)
+    heads = range(cache.num_kv_heads)
+    cache.gather(0, cache.num_layers, cache.locate(slots_of(half, 100)), heads, data)
     moved = second.add(prompt, logprobs=20, max_tokens=10)
-    second.runner.kv_cache.scatter(
-        0, cache.num_layers, [moved.block_ids[p // 16] * 16 + p % 16 for p in range(100)], data
-    )
+    other = second.runner.kv_cache
+    other.scatter(0, cache.num_layers, other.locate(slots_of(moved, 100)), heads, data)
     moved.num_computed_tokens = 100
     moved.token_ids.append(half.token_ids[-1])
     second.finish([moved])
