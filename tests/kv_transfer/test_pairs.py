@@ -12,16 +12,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kv_transfer import loopback
 from kv_transfer.config import TransferConfig
 from kv_transfer.context import PairInfo, means_of
 from kv_transfer.handshake import Means
 from kv_transfer.jobs import SendJob
 from kv_transfer.node import TransferNode
-from kv_transfer.rendezvous import PairStore
 from kv_transfer.staging import StagingPool
 from kv_transfer.ticket import TicketState
-from kv_transfer.transport import ChannelOptions
 from tests.kv_transfer.conftest import BOUND_S, LAYOUT, Delivery, Make, Memory, first_token_of, offer, send_all, slots
 from tests.kv_transfer.test_peers import address_of
 from tests.kv_transfer.test_sender import wait_until
@@ -168,19 +165,6 @@ def test_a_closed_pair_gives_its_staging_back_at_once(make_node: Make, monkeypat
 LARGE = replace(LAYOUT, num_kv_heads=8, head_dim=256)  # 24 MiB a ticket
 
 
-@pytest.fixture
-def _small_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel must not swallow what a receiver does not take: its buffers may grow to 32 MiB."""
-
-    def accept(options: ChannelOptions, store: PairStore) -> socket.socket:
-        sock = honest(options, store)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
-        return sock
-
-    honest = loopback._accept
-    monkeypatch.setattr(loopback, "_accept", accept)
-
-
 def push_layers(sender: TransferNode, delivery: Delivery, layers: range) -> SendJob:
     job = sender.open_send(delivery.ticket, delivery.sent.put)
     assert isinstance(job, SendJob)
@@ -189,7 +173,7 @@ def push_layers(sender: TransferNode, delivery: Delivery, layers: range) -> Send
     return job
 
 
-@pytest.mark.usefixtures("_small_sockets")
+@pytest.mark.usefixtures("small_sockets")
 def test_a_slow_receiver_pauses_its_own_jobs_alone(make_node: Make) -> None:
     memories = {name: Memory(LARGE) for name in ("slow", "fast")}
     source = Memory(LARGE, seed=1)
@@ -222,7 +206,7 @@ def test_a_slow_receiver_pauses_its_own_jobs_alone(make_node: Make) -> None:
     assert torch.equal(memories["slow"].kv, source.kv)
 
 
-@pytest.mark.usefixtures("_small_sockets")
+@pytest.mark.usefixtures("small_sockets")
 def test_jobs_of_one_pair_share_its_backlog_and_each_hears_of_room(make_node: Make) -> None:
     source, target = Memory(LARGE, seed=1), Memory(LARGE, num_blocks=200)
     sizes = {"layout": LARGE, "piece_mib": 1, "staging_mib": 2}

@@ -165,7 +165,7 @@ def end_at_survivor(cast: Cast, lost: Delivery, role: str, stage: Stage) -> floa
     return event.at
 
 
-def ends_of(cast: Cast, victim: Node, role: str, kind: str = "") -> tuple[Node, Node]:
+def ends_of(cast: Cast, victim: Node, role: str) -> tuple[Node, Node]:
     """Sender and receiver, where the victim plays this role."""
     return (victim, cast.survivor) if role == "sender" else (cast.survivor, victim)
 
@@ -176,7 +176,7 @@ def ends_of(cast: Cast, victim: Node, role: str, kind: str = "") -> tuple[Node, 
 def test_a_peer_that_dies_or_stops(cast: Cast, blow: signal.Signals, role: str, stage: Stage) -> None:
     # 1. A ticket with the victim, and one with the bystander that is half sent.
     survivor, victim = cast.survivor, cast.victim()
-    kept = open_ticket(*(ends_of(cast, cast.bystander, role)), 30)
+    kept = open_ticket(*ends_of(cast, cast.bystander, role), 30)
     kept.push(range(2))
     lost = stage(victim.child, *ends_of(cast, victim, role))
 
@@ -210,16 +210,15 @@ def test_a_peer_that_dies_or_stops(cast: Cast, blow: signal.Signals, role: str, 
 
     # 5. Nothing is left behind.
     stand_in.stop()
-    after = cast.settle()
-    record(
-        f"{blow.name} {role} {stage.__name__}",
-        cast.transport,
-        ended_s=ended_s,
-        other_pair_s=kept_s,
-        next_s=next_s,
-        pair_gone_s=pair_gone_s,
-    )
     lost.assert_told_once(survivor)
+    assert_nothing_left(cast)
+    case = f"{blow.name} {role} {stage.__name__}"
+    times = {"ended_s": ended_s, "other_pair_s": kept_s, "next_s": next_s, "pair_gone_s": pair_gone_s}
+    record(case, cast.transport, **times)
+
+
+def assert_nothing_left(cast: Cast) -> None:
+    after, survivor = cast.settle(), cast.survivor
     survivor.child.ask("check_integrity", name="survivor")
     stats = survivor.stats()
     assert (stats.pairs, stats.open_tickets, stats.open_sends) == (2, 0, 0)
@@ -255,7 +254,7 @@ def test_a_ticket_for_a_peer_that_stands_still(cast: Cast) -> None:
     assert event.at - struck_at < ENDED_WITHIN_S
     record("SIGSTOP receiver before the pair", cast.transport, ended_s=event.at - struck_at)
     come_back(cast, victim, delivery, "receiver")
-    assert cast.is_usual(cast.settle())
+    assert_nothing_left(cast)
 
 
 def test_a_kill_in_the_middle_of_many_tickets(cast: Cast) -> None:
@@ -272,6 +271,4 @@ def test_a_kill_in_the_middle_of_many_tickets(cast: Cast) -> None:
     assert set(states) <= {TicketState.DELIVERED, TicketState.LOST}
     assert states[-1] is TicketState.LOST
     cast.replace()
-    after = cast.settle()
-    assert cast.is_usual(after), (after, cast.before)
-    cast.survivor.child.ask("check_integrity", name="survivor")
+    assert_nothing_left(cast)

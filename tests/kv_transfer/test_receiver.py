@@ -259,6 +259,7 @@ def test_a_renewed_ticket_outlives_its_lease(make_node: Make) -> None:
     delivery.assert_delivered()
 
 
+@pytest.mark.usefixtures("small_sockets")
 def test_a_slow_receiver_holds_the_sender_back_and_loses_nothing(make_node: Make) -> None:
     layout = replace(LAYOUT, num_kv_heads=8, head_dim=128)
     source, target = Memory(layout, seed=1), Memory(layout)
