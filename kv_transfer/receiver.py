@@ -3,7 +3,7 @@
 States: CONNECTING (data channel, self-test) -> READY -> CLOSED, as at the sender. Two threads: the control thread
 reads announcements and heartbeats and never waits for data; the data thread posts the receives, asks the
 ledger, scatters, checks digests, and says the verdicts. A piece whose ticket has ended is received
-and dropped. Losing the peer aborts the tickets whose KV came over this pair.
+and dropped. Losing the peer aborts the tickets that something was announced for over this pair.
 """
 
 from __future__ import annotations
@@ -77,6 +77,8 @@ class ReceiverPair:
         self._closed = False
         self._inbox: deque[tuple[Item, float]] = deque()
         self._verdicts: deque[TicketSettled] = deque()
+        self._begun: set[str] = set()
+        """Tickets that something was announced for, and that have not ended."""
         self._posted: deque[_Incoming] = deque()
         self._equipment = context.equip(Side.RECEIVER, agreed.transport)
         self._staging = self._equipment.staging
@@ -127,8 +129,12 @@ class ReceiverPair:
             if self._closed:
                 return
             self._closed = True
+            begun = list(self._begun)
             self._changed.notify_all()
-        if self._context.ledger.end_all(f"peer {self.sender} lost: {reason}", holder=self):
+        ledger, told = self._context.ledger, f"peer {self.sender} lost: {reason}"
+        num_lost = ledger.end_all(told, holder=self)
+        num_lost += sum(ledger.end(ticket_id, TicketState.ABORTED, told) for ticket_id in begun)
+        if num_lost:
             self._context.counters.add(lost_peers=1)
         self._store.close(reason)
         if self._transport is not None:
@@ -138,6 +144,7 @@ class ReceiverPair:
     def tell_settled(self, ticket_id: str, state: TicketState, reason: str) -> None:
         """Have the data thread tell the sender a verdict."""
         with self._changed:
+            self._begun.discard(ticket_id)
             self._verdicts.append(TicketSettled(ticket_id=ticket_id, state=state.value, reason=reason))
             self._changed.notify()
 
@@ -164,6 +171,10 @@ class ReceiverPair:
 
     def _put(self, item: Item) -> None:
         with self._changed:
+            if self._closed:
+                return
+            if not isinstance(item, Probe):
+                self._begun.add(item.ticket_id)
             self._inbox.append((item, time.monotonic()))
             self._changed.notify()
 
