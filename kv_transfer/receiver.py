@@ -4,7 +4,7 @@ States: CONNECTING (data channel, self-test) -> READY -> CLOSED, as at the sende
 reads announcements and heartbeats, posts a receive for each piece at once (while it waits, the sender's kernel
 spins), and never waits for data; the data thread asks the ledger, scatters, checks digests, and says the verdicts.
 A piece that finds no staging is posted by the data thread as soon as some is free. A piece whose ticket has
-ended is received and dropped. Losing the peer aborts the tickets whose KV came over this pair.
+ended is received and dropped. Losing the peer aborts the tickets that something was announced for over this pair.
 """
 
 from __future__ import annotations
@@ -82,6 +82,8 @@ class ReceiverPair:
         self._posted: deque[tuple[_Incoming | TicketComplete | Probe, float]] = deque()
         """Next for the data thread, in the order heard."""
         self._verdicts: deque[TicketSettled] = deque()
+        self._begun: set[str] = set()
+        """Tickets that something was announced for, and that have not ended."""
         self._equipment = context.equip(Side.RECEIVER, agreed.transport)
         self._posting = threading.Lock()
         """Held by who posts, and for the staging, which both threads use."""
@@ -136,8 +138,12 @@ class ReceiverPair:
             if self._closed:
                 return
             self._closed = True
+            begun = list(self._begun)
             self._changed.notify_all()
-        if self._context.ledger.end_all(f"peer {self.sender} lost: {reason}", holder=self):
+        ledger, told = self._context.ledger, f"peer {self.sender} lost: {reason}"
+        num_lost = ledger.end_all(told, holder=self)
+        num_lost += sum(ledger.end(ticket_id, TicketState.ABORTED, told) for ticket_id in begun)
+        if num_lost:
             self._context.counters.add(lost_peers=1)
         self._store.close(reason)
         if self._transport is not None:
@@ -147,6 +153,7 @@ class ReceiverPair:
     def tell_settled(self, ticket_id: str, state: TicketState, reason: str) -> None:
         """Have the data thread tell the sender a verdict."""
         with self._changed:
+            self._begun.discard(ticket_id)
             self._verdicts.append(TicketSettled(ticket_id=ticket_id, state=state.value, reason=reason))
             self._changed.notify()
 
@@ -173,6 +180,10 @@ class ReceiverPair:
 
     def _put(self, item: Item) -> None:
         with self._changed:
+            if self._closed:
+                return
+            if not isinstance(item, Probe):
+                self._begun.add(item.ticket_id)
             self._inbox.append((item, time.monotonic()))
         self._post()
 

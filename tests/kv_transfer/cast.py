@@ -61,7 +61,9 @@ class Child:
         context.set_forkserver_preload([other_side.__name__])
         self._pipe, there = context.Pipe()
         on_gpu = transport == "nccl" if on_gpu is None else on_gpu
-        environment = {"CUDA_VISIBLE_DEVICES": str(gpu), "CUDA_DEVICE_MAX_CONNECTIONS": "32"} if on_gpu else {}
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        number = visible.split(",")[gpu] if on_gpu and visible else str(gpu)
+        environment = {"CUDA_VISIBLE_DEVICES": number, "CUDA_DEVICE_MAX_CONNECTIONS": "32"} if on_gpu else {}
         settings = {"transport": transport, "piece_mib": 1, **config}
         device = "cuda:0" if on_gpu else "cpu"
         self.transport = transport

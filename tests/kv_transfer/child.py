@@ -72,6 +72,7 @@ class Memory:
         )
         self.cache.data.copy_(content(seed)) if seed is not None else self.cache.data.zero_()
         self.scatter_delay_s = 0.0
+        self.slow_blocks = range(0)
 
     @property
     def device(self) -> torch.device:
@@ -86,7 +87,7 @@ class Memory:
     def scatter(
         self, first_layer: int, num_layers: int, places: torch.Tensor, heads: range, data: torch.Tensor
     ) -> None:
-        if self.scatter_delay_s:
+        if self.scatter_delay_s and int(places[0]) // LAYOUT.block_size in self.slow_blocks:
             time.sleep(self.scatter_delay_s)
         self.cache.scatter(first_layer, num_layers, places, heads, data)
 
@@ -246,8 +247,9 @@ class Host:
 
     # -- trouble
 
-    def slow(self, name: str, delay_s: float) -> None:
-        """Let each scatter of a node take that much longer."""
+    def slow(self, name: str, delay_s: float, blocks: range = range(NUM_BLOCKS)) -> None:
+        """Let each scatter of a node into these blocks take that much longer."""
+        self._memories[name].slow_blocks = blocks
         self._memories[name].scatter_delay_s = delay_s
 
     def hold(self, where: str, transport: str) -> None:

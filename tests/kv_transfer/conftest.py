@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import queue
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,11 +14,14 @@ import numpy as np
 import pytest
 import torch
 
+from kv_transfer import loopback
 from kv_transfer.config import TransferConfig
 from kv_transfer.jobs import SendJob
 from kv_transfer.layout import KVLayout
 from kv_transfer.node import TransferNode
+from kv_transfer.rendezvous import PairStore
 from kv_transfer.ticket import KVTicket, ReceivedKV, SendResult, TicketGrant, TicketState
+from kv_transfer.transport import ChannelOptions
 from protos.worker_pb2 import TokenOutput
 
 collect_ignore = [] if find_spec("hypothesis") else ["test_jobs.py", "test_layout.py"]
@@ -189,6 +193,19 @@ def make_node(config: TransferConfig) -> Iterator[Make]:
         node.check_integrity()
         node.stop()
         node.check_integrity(idle=True)
+
+
+@pytest.fixture
+def small_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel must not swallow what a receiver does not take: its buffers may grow to 32 MiB."""
+
+    def accept(options: ChannelOptions, store: PairStore) -> socket.socket:
+        sock = honest(options, store)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        return sock
+
+    honest = loopback._accept
+    monkeypatch.setattr(loopback, "_accept", accept)
 
 
 @dataclass

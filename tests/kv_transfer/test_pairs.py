@@ -162,7 +162,7 @@ def test_a_closed_pair_gives_its_staging_back_at_once(make_node: Make, monkeypat
 
 # -- back-pressure
 
-LARGE = replace(LAYOUT, num_kv_heads=8, head_dim=128)
+LARGE = replace(LAYOUT, num_kv_heads=8, head_dim=256)  # 24 MiB a ticket
 
 
 def push_layers(sender: TransferNode, delivery: Delivery, layers: range) -> SendJob:
@@ -173,6 +173,7 @@ def push_layers(sender: TransferNode, delivery: Delivery, layers: range) -> Send
     return job
 
 
+@pytest.mark.usefixtures("small_sockets")
 def test_a_slow_receiver_pauses_its_own_jobs_alone(make_node: Make) -> None:
     memories = {name: Memory(LARGE) for name in ("slow", "fast")}
     source = Memory(LARGE, seed=1)
@@ -205,6 +206,7 @@ def test_a_slow_receiver_pauses_its_own_jobs_alone(make_node: Make) -> None:
     assert torch.equal(memories["slow"].kv, source.kv)
 
 
+@pytest.mark.usefixtures("small_sockets")
 def test_jobs_of_one_pair_share_its_backlog_and_each_hears_of_room(make_node: Make) -> None:
     source, target = Memory(LARGE, seed=1), Memory(LARGE, num_blocks=200)
     sizes = {"layout": LARGE, "piece_mib": 1, "staging_mib": 2}

@@ -20,7 +20,7 @@ CHUNK = 32
 SOURCE = list(range(16))
 SLOW_S = 0.05
 """A slow receiver's extra time for each of its pieces."""
-NUM_WAVES, WAVE, WARM_UP = 14, 5, 4
+NUM_WAVES, WAVE, WARM_UP = 10, 5, 3
 
 
 @pytest.fixture(scope="module", params=TRANSPORTS)

@@ -217,6 +217,34 @@ def test_a_scatter_that_fails_ends_its_ticket_alone(two: Two) -> None:
     assert_usable(two)
 
 
+def test_a_ticket_whose_first_piece_never_came_ends_with_the_pair(
+    make_node: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Announced and not sent: nobody has begun to write, and its lease would last half a minute."""
+    honest, announced, gate = LoopbackTransport.send, threading.Event(), threading.Event()
+
+    def hold(self: LoopbackTransport, data: torch.Tensor) -> object:
+        if is_piece(data):
+            announced.set()
+            gate.wait(BOUND_S)
+        return honest(self, data)
+
+    monkeypatch.setattr(LoopbackTransport, "send", hold)
+    sender, receiver = make_node("prefill", Memory(LAYOUT)), make_node("decode", Memory(LAYOUT))
+    delivery = offer(receiver, 8, [0])
+    sender.open_send(delivery.ticket, delivery.sent.put).push(0, 1, 0, slots([0], 0, 8))
+    assert announced.wait(BOUND_S)
+    (pair,) = receiver._peers._pairs.values()
+    wait_until(lambda: bool(pair._begun), "the announcement came")
+    threading.Timer(0.05, gate.set).start()
+    next(iter(sender._alive)).close("the link broke")
+    state, reason = delivery.at_receiver()  # type: ignore[misc]
+    assert state is TicketState.ABORTED
+    assert "peer prefill/1 lost" in reason
+    assert receiver.stats().lost_peers == 1
+    delivery.at_sender()
+
+
 def test_kv_pushed_twice_aborts_the_ticket(two: Two) -> None:
     delivery, job = begin(two)
     job.push(0, 1, 8, slots([1], 0, 8))
@@ -259,6 +287,7 @@ def test_a_renewed_ticket_outlives_its_lease(make_node: Make) -> None:
     delivery.assert_delivered()
 
 
+@pytest.mark.usefixtures("small_sockets")
 def test_a_slow_receiver_holds_the_sender_back_and_loses_nothing(make_node: Make) -> None:
     layout = replace(LAYOUT, num_kv_heads=8, head_dim=128)
     source, target = Memory(layout, seed=1), Memory(layout)
