@@ -22,6 +22,8 @@ from engine.ipc import socket_path
 NAMESPACE = "pdserve"
 MAX_CONCURRENCY = 4
 PLACEMENT_TIMEOUT_S = 30.0
+QUEUES_OF_A_GPU = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
+"""Each pair has streams of its own: in the 8 hardware queues that CUDA gives by default one could wait behind another."""
 
 
 class PlacementError(RuntimeError):
@@ -68,10 +70,10 @@ def create_worker(plan: WorkerPlan, classes: ActorClasses, around: Surroundings)
         run_dir=around.run_dir,
         redis_url=around.redis_url,
     )
-    threads = thread_limits(plan.threads)
+    environment = {**thread_limits(plan.threads), **QUEUES_OF_A_GPU}
     engines = tuple(
         _create(
-            classes.engine, engine_name(plan.worker_id, rank), plan.bundles[1 + rank], threads, (group, 1 + rank)
+            classes.engine, engine_name(plan.worker_id, rank), plan.bundles[1 + rank], environment, (group, 1 + rank)
         ).remote(spec, rank)
         for rank in range(len(plan.bundles) - 1)
     )
