@@ -23,7 +23,7 @@ NAMESPACE = "pdserve"
 MAX_CONCURRENCY = 4
 PLACEMENT_TIMEOUT_S = 30.0
 QUEUES_OF_A_GPU = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
-"""Each pair has streams of its own: in the 8 hardware queues that CUDA gives by default one could wait behind another."""
+"""Each pair has streams of its own: in the 8 hardware queues of CUDA's default one could wait behind another."""
 
 
 class PlacementError(RuntimeError):
