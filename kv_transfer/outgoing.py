@@ -119,7 +119,7 @@ class Outgoing:
 
     def reap(self) -> list[SendJob]:
         """Wait until the older half of what is in flight has left; the jobs whose end was among it."""
-        leaving = [self._in_flight.popleft() for _ in range((len(self._in_flight) + 1) // 2)]
+        leaving = [self._in_flight.popleft() for _ in range(max(1, len(self._in_flight) // 2))]
         bound_s = self._context.config.peer_timeout_s
         with self._watch.waiting(f"{self._receiver} to take a piece", bound_s):
             for item in leaving:
