@@ -98,7 +98,7 @@ class RecordedStep:
             event = done
             if self._events:
                 relay.wait_event(self._events[layer])
-                event = torch.cuda.Event()
+                event = torch.cuda.Event(blocking=True)
                 event.record(relay)
             on_layer(layer, event)
 

@@ -45,6 +45,11 @@ class Piece:
         return len(self.slot_ids)
 
     @property
+    def is_written(self) -> bool:
+        """Whether the KV is there."""
+        return self.ready is None or bool(self.ready.query())
+
+    @property
     def num_places(self) -> int:
         """(layer, token) places of the piece."""
         return self.num_layers * self.num_tokens
@@ -148,8 +153,9 @@ class SendJob:
                 return
             if self._state is JobState.FINISHING:
                 raise TicketError(f"ticket {ticket.ticket_id}: a push came after finish")
-            slots, now = np.asarray(slot_ids), time.monotonic()
-            self._pieces.append(Piece(first_layer, num_layers, first_token, slots, after, now))
+            piece = Piece(first_layer, num_layers, first_token, np.asarray(slot_ids), after, time.monotonic())
+            self._pieces.append(piece)
+            self._join_last()
         self._notify()
 
     def finish(self, first: TokenOutput | None) -> None:
@@ -217,7 +223,10 @@ class SendJob:
             if self._gathering:
                 raise TransferIntegrityError(f"ticket {self.ticket.ticket_id} is gathered by two threads")
             piece = self._pieces.popleft()
-            while self._pieces and (joined := self._joined(piece, self._pieces[0])) is not None:
+            while self._pieces and self._pieces[0].is_written:
+                joined = self._joined(piece, self._pieces[0])
+                if joined is None:
+                    break
                 piece = joined
                 self._pieces.popleft()
             piece, rest = piece.cut(self._max_places)
@@ -253,11 +262,10 @@ class SendJob:
             return bool(self._pieces) or (self._state is JobState.FINISHING and not self._told)
 
     @property
-    def is_ready(self) -> bool:
-        """Whether there is something to do for it that need not wait for the engine."""
+    def awaited(self) -> Any:
+        """The event that what comes next must wait for; None: it can be done now."""
         with self._lock:
-            ready = self._pieces[0].ready if self._pieces else None
-            return ready is None or bool(ready.query())
+            return None if not self._pieces or self._pieces[0].is_written else self._pieces[0].ready
 
     @property
     def waits_since(self) -> float:
@@ -268,11 +276,20 @@ class SendJob:
     def waiting_places(self) -> int:
         """(layer, token) places whose KV is written and has not left."""
         with self._lock:
-            return sum(piece.num_places for piece in self._pieces if piece.ready is None or piece.ready.query())
+            return sum(piece.num_places for piece in self._pieces if piece.is_written)
 
     def _notify(self) -> None:
         if self._pair is not None:
             self._pair.notice(self)
+
+    def _join_last(self) -> None:
+        """Join the last piece with the one before it, where both come with a step that is being computed."""
+        if len(self._pieces) < 2 or self._pieces[-1].ready is None or self._pieces[-2].ready is None:
+            return
+        joined = self._joined(self._pieces[-2], self._pieces[-1])
+        if joined is not None:
+            self._pieces.pop()
+            self._pieces[-1] = joined
 
     def _joined(self, piece: Piece, other: Piece) -> Piece | None:
         if piece.num_places + other.num_places > self._max_places:

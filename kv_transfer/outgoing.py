@@ -28,8 +28,8 @@ _log = logging.getLogger(__name__)
 
 MAX_IN_FLIGHT = 4
 """Pieces on the wire at once: enough to gather the next while one travels; more would only be joined less."""
-COMPUTE_BOUND_S = 60.0
-"""Most time from a push to the moment when the engine has written its KV: two steps, however long."""
+GATHER_BOUND_S = 10.0
+"""Most time that a gather of written KV may take beside what the engine computes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +146,7 @@ class Outgoing:
         self._context.memory.gather(piece.first_layer, piece.num_layers, places, self._heads, out)
         digest = equipment.digester.begin(data) if equipment.digester.wanted() else None
         done = equipment.lane.mark()
-        with self._watch.waiting(f"the engine to write layer {piece.first_layer} of a piece", COMPUTE_BOUND_S):
+        with self._watch.waiting(f"a gather from layer {piece.first_layer} on", GATHER_BOUND_S):
             done.wait()
         return PieceAnnounced(
             ticket_id=job.ticket.ticket_id,

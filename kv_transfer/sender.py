@@ -4,8 +4,9 @@ States: CONNECTING (dial, handshake, data channel, self-test) -> READY -> CLOSED
 transfer, idleness and the node's stop lead to CLOSED; nothing leads back: the next ticket makes a new
 pair, and one that joined before the loss was noticed is LOST with the others. Two threads: the data
 thread connects and is the only one that gathers; the control thread hears verdicts and heartbeats, and
-ends waits that last too long. Jobs are served in turn, a piece at a time. A piece is announced once its
-gather is done, so the receiver never waits for KV that is being computed.
+ends waits that last too long. Jobs are served in turn, a piece at a time, as far as their KV is written; a third
+thread waits for the engine where none is. A piece is announced once its gather is done, so the receiver never waits
+for KV that is being computed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from functools import partial
 from kv_transfer.context import NodeContext, PairInfo
 from kv_transfer.control import ControlConnection, dial
 from kv_transfer.errors import PairRefusedError, PeerLostError, ProtocolError, TicketError, TransferError
+from kv_transfer.event_waiter import EventWaiter
 from kv_transfer.handshake import Identity
 from kv_transfer.jobs import SendJob
 from kv_transfer.layout import HeadSlice, KVLayout
@@ -89,6 +91,7 @@ class SenderPair:
         self._transport_name = ""
         self._test = SelfTest(self._say, context.config.connect_timeout_s)
         self._watch = Watch()
+        self._engine = EventWaiter(f"kv-await {receiver}", self._wake)
         self._store = PairStore(self._publish, context.config.connect_timeout_s)
         self._outgoing: Outgoing | None = None
         self._thread = threading.Thread(target=self._run, name=f"kv-send {receiver}", daemon=True)
@@ -232,8 +235,8 @@ class SenderPair:
         idle_s = self._context.config.idle_pair_s
         with self._changed:
             while not self._closed:
-                if self._ready and not outgoing.is_full:
-                    return self._take_turn()
+                if not outgoing.is_full and (job := self._take_turn()) is not None:
+                    return job
                 if not outgoing.is_empty:
                     return None
                 if not self._changed.wait(None if self._jobs else idle_s) and not self._jobs:
@@ -241,13 +244,15 @@ class SenderPair:
                     self._context.counters.add(retired_pairs=1)
             return None
 
-    def _take_turn(self) -> SendJob:
-        """The next job in turn whose KV is written; else the one pushed first, for the engine goes in order."""
-        job = next((job for job in self._ready if job.is_ready), None)
-        if job is None:
-            job = min(self._ready, key=lambda job: job.waits_since)
-        self._ready.remove(job)
-        return job
+    def _take_turn(self) -> SendJob | None:
+        """The next job in turn that has something to do now; None while all wait for the engine."""
+        for job in self._ready:
+            if job.awaited is None:
+                self._ready.remove(job)
+                return job
+        if self._ready:
+            self._engine.wait_for(min(self._ready, key=lambda job: job.waits_since).awaited)
+        return None
 
     def _send_piece(self, outgoing: Outgoing, job: SendJob) -> None:
         piece = outgoing.prepare(job)
@@ -295,6 +300,8 @@ class SenderPair:
             self._transport.close()
         if self._outgoing is not None:
             self._outgoing.close()
+        if not self._engine.close(self._context.config.peer_timeout_s):
+            _log.warning("a thread of the pair with %s still waits for the engine's present step", self.receiver)
         if self._control is not None:
             self._control.close()
         self._on_closed(self)
@@ -308,13 +315,17 @@ class SenderPair:
         try:
             control.watch(
                 self._handle,
-                check=self._watch.check,
+                check=self._check_waits,
                 pings=True,
                 heartbeat_s=config.heartbeat_s,
                 timeout_s=config.peer_timeout_s,
             )
         except TransferError as error:
             self._lose(TicketState.LOST, str(error), peer_lost=True)
+
+    def _check_waits(self) -> None:
+        self._watch.check()
+        self._engine.watch.check()
 
     def _handle(self, message: ControlMessage) -> None:
         kind = message.WhichOneof("message")
@@ -340,6 +351,11 @@ class SenderPair:
                 self.idle_since = time.monotonic()
                 self._changed.notify()
         job.settle(state, reason)
+
+    def _wake(self) -> None:
+        """KV that was waited for is written."""
+        with self._changed:
+            self._changed.notify()
 
     def notice(self, job: SendJob) -> None:
         """A job has something to do (also: it was aborted)."""

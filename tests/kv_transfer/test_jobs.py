@@ -222,16 +222,27 @@ def test_only_what_is_written_waits_to_be_sent(janitor: Janitor) -> None:
     assert job.waiting_places() == 8
 
 
-def test_a_joined_piece_is_ready_with_its_last_part(janitor: Janitor) -> None:
+def test_layers_of_one_step_are_one_piece_ready_with_its_last(janitor: Janitor) -> None:
     job, _ = new_job(janitor)
-    first, last = Computed(), Computed()
+    events = [Computed() for _ in range(3)]
     slot_ids = np.arange(4)
-    for layer, event in enumerate((first, None, last)):
+    for layer, event in enumerate(events):
         job.push(layer, 1, 0, slot_ids, event)
+    assert job.awaited is events[2]
+    events[2].done = True
+    assert job.awaited is None
     (piece,) = take(job)
-    assert piece.num_layers == 3
-    assert piece.ready is last
-    job.push(0, 1, 4, slot_ids, first)
-    job.push(1, 1, 4, slot_ids)
-    (piece,) = take(job)
-    assert piece.ready is first
+    assert (piece.num_layers, piece.ready) == (3, events[2])
+
+
+def test_what_is_written_does_not_wait_for_what_is_not(janitor: Janitor) -> None:
+    job, _ = new_job(janitor)
+    later = Computed()
+    job.push(0, 2, 0, np.arange(4))
+    job.push(2, 1, 0, np.arange(4), later)
+    assert job.awaited is None
+    piece = job.begin_gather()
+    assert piece is not None
+    assert piece.num_layers == 2
+    assert job.end_gather()
+    assert job.awaited is later

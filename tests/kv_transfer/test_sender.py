@@ -25,6 +25,7 @@ from tests.kv_transfer.conftest import (
     send_all,
     slots,
 )
+from tests.kv_transfer.test_event_waiter import Event
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -287,3 +288,25 @@ def test_workers_meet_ahead_of_any_ticket_and_a_slow_pair_is_named(
     assert (info.peer, info.direction, info.is_slow) == ("d/1", "to", is_slow)
     assert info.to_proto().is_slow is is_slow
     assert sender.stats().slow_pairs == int(is_slow)
+
+
+def test_a_prompt_that_is_being_computed_holds_up_no_other(two: Two) -> None:
+    """What is written leaves, also the first token, while the next prompt's KV is awaited on the same pair."""
+    done, under_way = offer(two.receiver, 16, [0, 1]), offer(two.receiver, 16, [2, 3])
+    later, sooner = Event(), Event()
+    first = two.sender.open_send(done.ticket, done.sent.put)
+    for layer in range(3):
+        first.push(layer, 1, 0, slots([4, 5], 0, 16), sooner)
+    second = two.sender.open_send(under_way.ticket, under_way.sent.put)
+    for layer in range(3):
+        second.push(layer, 1, 0, slots([6, 7], 0, 16), later)
+    sooner.come.set()
+    wait_until(lambda: two.receiver.stats().received_pieces == 1, "the first prompt's KV came")
+    first.finish(first_token_of(done))
+    done.assert_delivered()
+    assert two.receiver.stats().received_pieces == 1, "three layers of one step are one piece"
+    second.finish(first_token_of(under_way))
+    assert under_way.sent.empty()
+    later.come.set()
+    under_way.assert_delivered()
+    two.assert_same([6, 7], [2, 3], 0, 16)
