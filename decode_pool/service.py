@@ -122,15 +122,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             raise
         if reply.WhichOneof("result") == "error":
             await refuse(context, reply.error)
-        log.info(
-            "reserved",
-            extra={
-                "request_id": request.request.request_id,
-                "attempt": request.request.attempt,
-                "local_prefill": request.local_prefill,
-                "cached_tokens": reply.reserve.cached_tokens,
-            },
-        )
+        asyncio.get_running_loop().call_soon(_log_reserved, request, reply.reserve)  # once it is on its way
         return reply.reserve
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortReply:
@@ -169,3 +161,15 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
     async def _end_with_epoch(self, router: _Attached) -> None:
         await self._link.lost.wait()
         self._detach(router)
+
+
+def _log_reserved(asked: pb.ReserveRequest, reply: pb.ReserveReply) -> None:
+    log.info(
+        "reserved",
+        extra={
+            "request_id": asked.request.request_id,
+            "attempt": asked.request.attempt,
+            "local_prefill": asked.local_prefill,
+            "cached_tokens": reply.cached_tokens,
+        },
+    )

@@ -135,10 +135,8 @@ class EngineServer:
             session.start()
 
     def _serve(self, connection: socket.socket) -> None:
-        outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        writer = threading.Thread(target=_write_all, args=(connection, outbox), name="ipc-writer", daemon=True)
-        writer.start()
-        session = self._open_session(lambda event: outbox.put(framing.pack(event)))
+        outbox = _Outbox(connection)
+        session = self._open_session(lambda event: outbox.send(framing.pack(event)))
         try:
             while (command := framing.read_message(connection, pb.EngineCommand)) is not None:
                 session.handle(command)
@@ -148,10 +146,7 @@ class EngineServer:
             try:
                 session.close()
             finally:
-                outbox.put(None)
-                writer.join(SEND_TIMEOUT_S)
-                _hang_up(connection)
-                writer.join()
+                outbox.close(SEND_TIMEOUT_S)
                 connection.close()
 
 
@@ -160,16 +155,59 @@ def _hang_up(connection: socket.socket, how: int = socket.SHUT_RDWR) -> None:
         connection.shutdown(how)
 
 
-def _write_all(connection: socket.socket, outbox: queue.SimpleQueue[bytes | None]) -> None:
-    """Write what the outbox brings until None; after a failure only drain it."""
-    open_ = True
-    while (data := outbox.get()) is not None:
-        if open_:
-            try:
-                connection.sendall(data)
-            except OSError:
-                open_ = False
-                _hang_up(connection)
+class _Outbox:
+    """What the engine says to its front, in order: written by who says it, and what the socket does not take by a thread.
+
+    So a reply wakes the front alone, and no reply waits for another thread to get its turn. Nobody waits for the front.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+        self._left: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
+        self._num_left = 0
+        self._writer = threading.Thread(target=self._write_left, name="ipc-writer", daemon=True)
+        self._writer.start()
+
+    def send(self, data: bytes) -> None:
+        """Any thread may call it; a front that is gone hears nothing more."""
+        with self._lock:
+            rest = memoryview(data)
+            if not self._num_left:
+                rest = rest[self._take(rest) :]
+            if rest:
+                self._num_left += 1
+                self._left.put(rest)
+
+    def close(self, timeout_s: float) -> None:
+        """Give what is left so much time, then hang up."""
+        self._left.put(None)
+        self._writer.join(timeout_s)
+        _hang_up(self._connection)
+        self._writer.join()
+
+    def _take(self, data: memoryview) -> int:
+        """Bytes that the socket took at once."""
+        try:
+            return self._connection.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            _hang_up(self._connection)
+            return len(data)
+
+    def _write_left(self) -> None:
+        """After a failure it only drains."""
+        open_ = True
+        while (data := self._left.get()) is not None:
+            if open_:
+                try:
+                    self._connection.sendall(data)
+                except OSError:
+                    open_ = False
+                    _hang_up(self._connection)
+            with self._lock:
+                self._num_left -= 1
 
 
 class EngineClient:

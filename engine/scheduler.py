@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable
 
 from engine.api import EngineStats, FinishReason, TokenLogprobs, TokenOutput
 from engine.batch import ScheduledSequence, StepPlan, StepResult
-from engine.block_hash import chain_hash
+from engine.block_hash import block_hashes
 from engine.block_pool import BlockPool
 from engine.sequence import PENDING, Sequence, SequenceStatus
 
@@ -309,9 +309,10 @@ class Scheduler:
     def _extend_hashes(self, sequence: Sequence) -> None:
         """Chain the hashes of all full blocks of known tokens."""
         size, hashes = self.block_size, sequence.block_hashes
-        for start in range(len(hashes) * size, sequence.num_known_tokens - size + 1, size):
+        start, stop = len(hashes) * size, sequence.num_known_tokens // size * size
+        if stop > start:
             parent = hashes[-1] if hashes else self._root_hash
-            hashes.append(chain_hash(parent, sequence.token_ids[start : start + size]))
+            hashes += block_hashes(sequence.token_ids[start:stop], size, parent)
 
 
 def _order(sequence: Sequence) -> tuple[int, float]:

@@ -48,17 +48,8 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             raise
         if reply.WhichOneof("result") == "error":
             await refuse(context, reply.error)
-        asked, done = request.request, reply.prefill
-        log.info(
-            "prefilled",
-            extra={
-                "request_id": asked.request_id,
-                "attempt": asked.attempt,
-                "queue_s": round(done.queue_s, 6),
-                "prefill_s": round(done.prefill_s, 6),
-            },
-        )
-        return done
+        asyncio.get_running_loop().call_soon(_log_prefilled, request.request, reply.prefill)  # once it is on its way
+        return reply.prefill
 
     async def Meet(self, request: pb.MeetRequest, context: Context) -> pb.MeetReply:
         """Have the engine begin the pair to a worker; says nothing of how that ends."""
@@ -85,3 +76,15 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
     def _abort(self, request: pb.EngineRequest, reason: str) -> None:
         abort = pb.AbortRequest(request_id=request.request_id, attempt=request.attempt, reason=reason)
         self._link.send(pb.EngineCommand(abort_prefill=abort))
+
+
+def _log_prefilled(asked: pb.EngineRequest, done: pb.PrefillReply) -> None:
+    log.info(
+        "prefilled",
+        extra={
+            "request_id": asked.request_id,
+            "attempt": asked.attempt,
+            "queue_s": round(done.queue_s, 6),
+            "prefill_s": round(done.prefill_s, 6),
+        },
+    )

@@ -147,8 +147,7 @@ class PrefillWorker:
             return
         first = wire.output_to_wire(output)
         task.state = TaskState.SENDING
-        task.push.finish(first)
-        task.answer(
+        task.answer(  # before the transfer's threads are woken: they want this one's interpreter
             pb.PrefillReply(
                 first=first,
                 cached_tokens=min(sequence.num_cached_tokens, sequence.num_prompt_tokens),
@@ -156,6 +155,7 @@ class PrefillWorker:
                 prefill_s=time.monotonic() - sequence.first_step_at,
             )
         )
+        task.push.finish(first)
 
     def holders(self) -> list[Sequence]:
         """Sequences whose blocks are held for sending, beyond those the scheduler knows."""
