@@ -24,13 +24,17 @@ EXIT_LOST = 3
 class RankChild:
     """The parent's handle of a rank."""
 
-    def __init__(self, path: str, model: Path, rank: int, size: int, timeout_s: float) -> None:
+    def __init__(
+        self, path: str, model: Path, rank: int, size: int, timeout_s: float, *, device: str = "cpu", gpu: str = ""
+    ) -> None:
         start = {"path": path, "model": str(model), "rank": rank, "size": size, "timeout_s": timeout_s}
+        start["device"] = device
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.engine.rank_child", json.dumps(start)],
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu} if gpu else None,
         )
         self._events: SimpleQueue[dict[str, Any]] = SimpleQueue()
         self._reader = threading.Thread(target=self._read)
@@ -75,7 +79,7 @@ def lost(*what: object) -> None:
     os._exit(EXIT_LOST)
 
 
-def follow(path: str, model: str, rank: int, size: int, timeout_s: float) -> None:
+def follow(path: str, model: str, rank: int, size: int, timeout_s: float, device: str) -> None:
     from engine.errors import RankLostError
     from engine.follower import Follower
     from engine.runner import ModelRunner, choose_device
@@ -83,9 +87,10 @@ def follow(path: str, model: str, rank: int, size: int, timeout_s: float) -> Non
 
     follower = Follower(path, rank, size, timeout_s=timeout_s)
     follower.on_lost = lost
-    options = engine_options(size)
+    options = engine_options(size, device=device)
     parallel = follower.connect(choose_device(options.device))
-    runner = ModelRunner(model_options(model), cache_options(), options, parallel=parallel)
+    block_size = 8 if options.device == "cpu" else 16
+    runner = ModelRunner(model_options(model), cache_options(block_size=block_size), options, parallel=parallel)
     say(ready=rank)
     try:
         follower.serve(runner)
@@ -94,7 +99,7 @@ def follow(path: str, model: str, rank: int, size: int, timeout_s: float) -> Non
     say(ended=rank)
 
 
-def lead(path: str, model: str, rank: int, size: int, timeout_s: float) -> None:
+def lead(path: str, model: str, rank: int, size: int, timeout_s: float, device: str) -> None:
     from engine.engine import Engine
     from engine.ranks import RankGroup
     from tests.engine.ranked import cache_options, engine_options, model_options
@@ -102,7 +107,7 @@ def lead(path: str, model: str, rank: int, size: int, timeout_s: float) -> None:
 
     group = RankGroup(path, size, timeout_s=timeout_s)
     group.on_lost = lost
-    with Engine(model_options(model), cache_options(), engine_options(size), ranks=group) as engine:
+    with Engine(model_options(model), cache_options(), engine_options(size, device=device), ranks=group) as engine:
         say(ready=rank)
         until = time.monotonic() + BOUND_S
         while time.monotonic() < until:
