@@ -1,6 +1,7 @@
 import asyncio
 import socket
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -277,6 +278,7 @@ def test_a_cancelled_call_stays_cancelled_though_its_answer_has_just_come(served
         client = EngineClient(on_step)
         await client.connect(path)
         calls.append(asyncio.create_task(client.call(pb.EngineCommand(renew=pb.RenewLeases()), 5.0)))
+        asyncio.get_running_loop().call_soon(time.sleep, 0.1)  # once it has asked: answer and step are read together
         await asyncio.wait(calls, timeout=5.0)
         await client.close()
 
