@@ -9,6 +9,7 @@ No token ever passes through a Ray call.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import threading
@@ -233,6 +234,7 @@ class FrontActor:
             metrics_address=self._metrics.address,
         )
         self._front = self._loop.run(_make_front(options, _store(spec.redis_url, config)), START_S)
+        gc.freeze()  # as the engine does: no request waits while the collector looks through Ray and gRPC
         on_sigterm(self._on_sigterm)
 
     def ready(self) -> dict[str, Any]:
@@ -284,6 +286,7 @@ class RouterActor:
         observability = config.observability
         self._metrics = metrics.serve([collector], host=observability.metrics_host, port=observability.metrics_port)
         self._app, self._address = self._loop.run(_make_router(spec, config, secret, self._metrics.address), START_S)
+        gc.freeze()
         on_sigterm(self._on_sigterm)
 
     def ready(self) -> dict[str, Any]:

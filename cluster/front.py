@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 LEASE_TTL_S = 10.0
 LEASE_PERIOD_S = 3.0
 STOP_GRACE_S = 1.0
+STREAMS = ("/Attach", "/OpenReserve", "/OpenPrefill")
+"""The methods that take a stream."""
 
 
 class FrontState(enum.Enum):
@@ -210,4 +212,4 @@ class _KeyInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         metadata = dict(handler_call_details.invocation_metadata or ())
         if same_key(str(metadata.get(WORKER_METADATA_KEY, "")), self._key):
             return await continuation(handler_call_details)
-        return self._refusals[handler_call_details.method.endswith("/Attach")]
+        return self._refusals[handler_call_details.method.endswith(STREAMS)]

@@ -125,6 +125,14 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         asyncio.get_running_loop().call_soon(_log_reserved, request, reply.reserve)  # once it is on its way
         return reply.reserve
 
+    async def OpenReserve(
+        self, request_iterator: AsyncIterator[pb.ReserveRequest], context: Context
+    ) -> AsyncIterator[pb.ReserveReply]:
+        """Reserve for the one request that is still to come."""
+        async for request in request_iterator:
+            yield await self.Reserve(request, context)
+            return
+
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortReply:
         """End a request or reservation in any phase."""
         try:

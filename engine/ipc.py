@@ -156,9 +156,9 @@ def _hang_up(connection: socket.socket, how: int = socket.SHUT_RDWR) -> None:
 
 
 class _Outbox:
-    """What the engine says to its front, in order: written by who says it, and what the socket does not take by a thread.
+    """What the engine says to its front, in order; what the socket takes at once is written by who says it.
 
-    So a reply wakes the front alone, and no reply waits for another thread to get its turn. Nobody waits for the front.
+    So a reply waits for no other thread to get its turn. The rest is left to a thread: nobody waits for the front.
     """
 
     def __init__(self, connection: socket.socket) -> None:

@@ -82,7 +82,7 @@ def request_from_wire(message: worker_pb2.EngineRequest) -> GenerateRequest:
         raise InvalidRequestError("the prompt is empty", field="prompt_token_ids")
     return GenerateRequest(
         request_id=message.request_id,
-        prompt_token_ids=tuple(message.prompt_token_ids),
+        prompt_token_ids=tuple(message.prompt_token_ids[:]),  # to slice first is faster
         params=params_from_wire(message.params),
         attempt=message.attempt,
         priority=message.priority,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -50,6 +51,14 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             await refuse(context, reply.error)
         asyncio.get_running_loop().call_soon(_log_prefilled, request.request, reply.prefill)  # once it is on its way
         return reply.prefill
+
+    async def OpenPrefill(
+        self, request_iterator: AsyncIterator[pb.PrefillRequest], context: Context
+    ) -> AsyncIterator[pb.PrefillReply]:
+        """Prefill for the one request that is still to come."""
+        async for request in request_iterator:
+            yield await self.Prefill(request, context)
+            return
 
     async def Meet(self, request: pb.MeetRequest, context: Context) -> pb.MeetReply:
         """Have the engine begin the pair to a worker; says nothing of how that ends."""

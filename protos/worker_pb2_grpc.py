@@ -45,6 +45,11 @@ class DecodeWorkerStub:
                 request_serializer=protos_dot_worker__pb2.ReserveRequest.SerializeToString,
                 response_deserializer=protos_dot_worker__pb2.ReserveReply.FromString,
                 _registered_method=True)
+        self.OpenReserve = channel.stream_stream(
+                '/pdserve.v1.DecodeWorker/OpenReserve',
+                request_serializer=protos_dot_worker__pb2.ReserveRequest.SerializeToString,
+                response_deserializer=protos_dot_worker__pb2.ReserveReply.FromString,
+                _registered_method=True)
         self.Abort = channel.unary_unary(
                 '/pdserve.v1.DecodeWorker/Abort',
                 request_serializer=protos_dot_worker__pb2.AbortRequest.SerializeToString,
@@ -74,6 +79,13 @@ class DecodeWorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def OpenReserve(self, request_iterator, context):
+        """Reserve for one request, in a call that was opened before there was one: opening is half of what a call costs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Abort(self, request, context):
         """Ends a request (or a reservation) in any phase; idempotent.
         """
@@ -91,6 +103,11 @@ def add_DecodeWorkerServicer_to_server(servicer, server):
             ),
             'Reserve': grpc.unary_unary_rpc_method_handler(
                     servicer.Reserve,
+                    request_deserializer=protos_dot_worker__pb2.ReserveRequest.FromString,
+                    response_serializer=protos_dot_worker__pb2.ReserveReply.SerializeToString,
+            ),
+            'OpenReserve': grpc.stream_stream_rpc_method_handler(
+                    servicer.OpenReserve,
                     request_deserializer=protos_dot_worker__pb2.ReserveRequest.FromString,
                     response_serializer=protos_dot_worker__pb2.ReserveReply.SerializeToString,
             ),
@@ -166,6 +183,33 @@ class DecodeWorker:
             _registered_method=True)
 
     @staticmethod
+    def OpenReserve(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/pdserve.v1.DecodeWorker/OpenReserve',
+            protos_dot_worker__pb2.ReserveRequest.SerializeToString,
+            protos_dot_worker__pb2.ReserveReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Abort(request,
             target,
             options=(),
@@ -208,6 +252,11 @@ class PrefillWorkerStub:
                 request_serializer=protos_dot_worker__pb2.PrefillRequest.SerializeToString,
                 response_deserializer=protos_dot_worker__pb2.PrefillReply.FromString,
                 _registered_method=True)
+        self.OpenPrefill = channel.stream_stream(
+                '/pdserve.v1.PrefillWorker/OpenPrefill',
+                request_serializer=protos_dot_worker__pb2.PrefillRequest.SerializeToString,
+                response_deserializer=protos_dot_worker__pb2.PrefillReply.FromString,
+                _registered_method=True)
         self.Meet = channel.unary_unary(
                 '/pdserve.v1.PrefillWorker/Meet',
                 request_serializer=protos_dot_worker__pb2.MeetRequest.SerializeToString,
@@ -231,6 +280,13 @@ class PrefillWorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def OpenPrefill(self, request_iterator, context):
+        """Prefill for one request, in a call that was opened before there was one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Meet(self, request, context):
         """Introduces a worker that this one may have to send KV to: the pair is begun, not waited for. Idempotent.
         """
@@ -249,6 +305,11 @@ def add_PrefillWorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Prefill': grpc.unary_unary_rpc_method_handler(
                     servicer.Prefill,
+                    request_deserializer=protos_dot_worker__pb2.PrefillRequest.FromString,
+                    response_serializer=protos_dot_worker__pb2.PrefillReply.SerializeToString,
+            ),
+            'OpenPrefill': grpc.stream_stream_rpc_method_handler(
+                    servicer.OpenPrefill,
                     request_deserializer=protos_dot_worker__pb2.PrefillRequest.FromString,
                     response_serializer=protos_dot_worker__pb2.PrefillReply.SerializeToString,
             ),
@@ -289,6 +350,33 @@ class PrefillWorker:
             request,
             target,
             '/pdserve.v1.PrefillWorker/Prefill',
+            protos_dot_worker__pb2.PrefillRequest.SerializeToString,
+            protos_dot_worker__pb2.PrefillReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenPrefill(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/pdserve.v1.PrefillWorker/OpenPrefill',
             protos_dot_worker__pb2.PrefillRequest.SerializeToString,
             protos_dot_worker__pb2.PrefillReply.FromString,
             options,

@@ -30,6 +30,8 @@ class Job:
     """What it waits for, from whom."""
     prefill_worker: str = ""
     decode_worker: str = ""
+    _told: worker_pb2.EngineRequest | None = None
+    """What workers were told last: the prompt is turned into a message once."""
 
     @property
     def num_tokens(self) -> int:
@@ -41,16 +43,19 @@ class Job:
         return max(0.001, self.deadline - asyncio.get_running_loop().time())
 
     def engine_request(self) -> worker_pb2.EngineRequest:
-        """What a worker is told of it, for the present attempt."""
-        return worker_pb2.EngineRequest(
-            request_id=self.request_id,
-            attempt=self.attempts.number,
-            prompt_token_ids=self.prompt_token_ids,
-            params=self.params,
-            priority=self.priority,
-            deadline_s=self.seconds_left(),
-            resume_from=self.emitted,
-        )
+        """What a worker is told of it, for the present attempt; valid until the next call."""
+        told = self._told
+        if told is None:
+            told = self._told = worker_pb2.EngineRequest(
+                request_id=self.request_id,
+                prompt_token_ids=self.prompt_token_ids,
+                params=self.params,
+                priority=self.priority,
+            )
+        told.attempt = self.attempts.number
+        told.deadline_s = self.seconds_left()
+        told.resume_from[:] = self.emitted
+        return told
 
 
 @dataclass(frozen=True, slots=True)

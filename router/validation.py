@@ -113,7 +113,7 @@ async def prompt_ids(request: inference_pb2.GenerateRequest, model: ServedModel)
     """The prompt as token ids, at least one."""
     kind = prompt_kind(request)
     if kind == "token_ids":
-        ids = list(request.token_ids.ids)
+        ids = request.token_ids.ids[:]  # a slice is a list, and faster than list()
         check_token_ids(ids, model, field="token_ids.ids")
     elif kind == "text":
         ids = await _encoded(len(request.text), lambda: model.encode_text(request.text))

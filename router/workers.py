@@ -23,6 +23,7 @@ from router.config import RouterConfig
 from router.errors import AttemptFailedError, InvalidArgumentError, WorkerFullError, WorkerLostError
 from router.inbox import Inbox
 from router.info import WorkerInfo, WorkerState
+from router.open_calls import OpenCalls
 from router.store import WorkerRecord
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,8 @@ class WorkerLink:
         self._leaving = False
         self._decode: worker_pb2_grpc.DecodeWorkerStub | None = None
         self._prefill: worker_pb2_grpc.PrefillWorkerStub | None = None
+        self._reserves: OpenCalls[worker_pb2.ReserveRequest, worker_pb2.ReserveReply] | None = None
+        self._prefills: OpenCalls[worker_pb2.PrefillRequest, worker_pb2.PrefillReply] | None = None
 
     def start(self) -> None:
         """Begin to connect."""
@@ -100,16 +103,24 @@ class WorkerLink:
 
     async def reserve(self, request: worker_pb2.ReserveRequest) -> worker_pb2.ReserveReply:
         """Ask for blocks; WorkerFullError, AttemptFailedError or InvalidArgumentError if there are none to be had."""
-        stub = self._connected(self._decode)
-        call = stub.Reserve(request, timeout=self._config.reserve_timeout_s, metadata=self._metadata)
-        reply: worker_pb2.ReserveReply = await self._answer("Reserve", call)
+        stub, limit_s = self._connected(self._decode), self._config.reserve_timeout_s
+        reply = await self._answer("Reserve", self._connected(self._reserves).ask(request, limit_s))
+        if reply is None:
+            called: worker_pb2.ReserveReply = await self._answer(
+                "Reserve", stub.Reserve(request, timeout=limit_s, metadata=self._metadata)
+            )
+            return called
         return reply
 
     async def prefill(self, request: worker_pb2.PrefillRequest) -> worker_pb2.PrefillReply:
         """Have the prompt computed; errors as for `reserve`. Bounded by the request's own deadline."""
-        stub = self._connected(self._prefill)
-        call = stub.Prefill(request, timeout=request.request.deadline_s + 1.0, metadata=self._metadata)
-        reply: worker_pb2.PrefillReply = await self._answer("Prefill", call)
+        stub, limit_s = self._connected(self._prefill), request.request.deadline_s + 1.0
+        reply = await self._answer("Prefill", self._connected(self._prefills).ask(request, limit_s))
+        if reply is None:
+            called: worker_pb2.PrefillReply = await self._answer(
+                "Prefill", stub.Prefill(request, timeout=limit_s, metadata=self._metadata)
+            )
+            return called
         return reply
 
     async def meet(self, request: worker_pb2.MeetRequest) -> None:
@@ -144,8 +155,10 @@ class WorkerLink:
 
     async def _attach(self, channel: grpc.aio.Channel) -> None:
         """One connection from hello to loss."""
-        self._decode = worker_pb2_grpc.DecodeWorkerStub(channel)  # type: ignore[no-untyped-call]
-        self._prefill = worker_pb2_grpc.PrefillWorkerStub(channel)  # type: ignore[no-untyped-call]
+        self._decode = decode = worker_pb2_grpc.DecodeWorkerStub(channel)  # type: ignore[no-untyped-call]
+        self._prefill = prefill = worker_pb2_grpc.PrefillWorkerStub(channel)  # type: ignore[no-untyped-call]
+        self._reserves = reserves = OpenCalls(lambda: decode.OpenReserve(metadata=self._metadata))
+        self._prefills = prefills = OpenCalls(lambda: prefill.OpenPrefill(metadata=self._metadata))
         why = "this router left it"
         try:
             await self._converse(self._decode.Attach(metadata=self._metadata))
@@ -157,7 +170,9 @@ class WorkerLink:
         except grpc.aio.AioRpcError as error:
             why = f"its stream ended with {error.code().name}: {error.details()}"
         finally:
-            self._decode = self._prefill = None
+            reserves.close()
+            prefills.close()
+            self._decode = self._prefill = self._reserves = self._prefills = None
             self._lose(why)
 
     async def _converse(self, stream: AttachCall) -> None:
@@ -167,6 +182,8 @@ class WorkerLink:
         async with asyncio.timeout(self._config.connect_timeout_s) as limit:
             await stream.write(worker_pb2.AttachRequest(hello=hello))
             self._describe(await stream.read())
+            self._connected(self._reserves).fill()
+            self._connected(self._prefills).fill()
             heart = loop.create_task(self._beat(stream), name=f"heartbeat to {self.info.label}")
             try:
                 while True:
@@ -247,6 +264,8 @@ class WorkerLink:
         life = self.info.life
         try:
             return await call
+        except TimeoutError as error:
+            raise AttemptFailedError(f"worker {self.info.label} did not answer {what} in time", worker=life) from error
         except grpc.aio.AioRpcError as error:
             told = _told(self.info.label, what, error)
             if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:

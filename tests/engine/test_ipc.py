@@ -1,11 +1,14 @@
 import asyncio
+import socket
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from engine.ipc import EngineClient, EngineGoneError, EngineServer, socket_path
 from engine.link import EngineLink
+from protos import framing
 from protos import worker_pb2 as pb
 
 
@@ -64,6 +67,28 @@ def test_calls_are_answered_and_steps_arrive(served):
 
     asyncio.run(main())
     assert steps[0].outputs[0].outputs[0].request_id == "x"
+
+
+def test_nobody_waits_for_a_front_that_does_not_read_and_order_is_kept(served):
+    path, sessions, _ = served
+    num_steps, payload = 400, "x" * 20_000  # far more than a socket holds
+
+    def step(number: int) -> pb.EngineEvent:
+        output = pb.TokenOutput(request_id=payload, offset=number)
+        return pb.EngineEvent(step=pb.StepEvent(outputs=[pb.RouterOutputs(router_id="r", outputs=[output])]))
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as front:
+        front.connect(path)
+        front.settimeout(10.0)
+        front.sendall(framing.pack(pb.EngineCommand(call_id=1, renew=pb.RenewLeases())))
+        for _ in range(2):
+            assert framing.read_message(front, pb.EngineEvent) is not None
+        said = threading.Thread(target=lambda: [sessions[0].send(step(number)) for number in range(num_steps)])
+        said.start()
+        said.join(10.0)
+        assert not said.is_alive()
+        events = [framing.read_message(front, pb.EngineEvent) for _ in range(num_steps)]
+        assert [event.step.outputs[0].outputs[0].offset for event in events] == list(range(num_steps))
 
 
 def test_an_unanswered_call_ends_in_time_and_names_itself(served):
@@ -253,6 +278,7 @@ def test_a_cancelled_call_stays_cancelled_though_its_answer_has_just_come(served
         client = EngineClient(on_step)
         await client.connect(path)
         calls.append(asyncio.create_task(client.call(pb.EngineCommand(renew=pb.RenewLeases()), 5.0)))
+        asyncio.get_running_loop().call_soon(time.sleep, 0.1)  # once it has asked: answer and step are read together
         await asyncio.wait(calls, timeout=5.0)
         await client.close()
 

@@ -244,6 +244,11 @@ class _DecodeService(_Service, worker_pb2_grpc.DecodeWorkerServicer):
                     if running.router_id == router_id:
                         del worker.running[request_id]
 
+    async def OpenReserve(self, request_iterator, context):
+        async for request in request_iterator:
+            yield await self.Reserve(request, context)
+            return
+
     async def Reserve(self, request, context):
         await self.enter(context, request.epoch)
         worker, asked = self.worker, request.request
@@ -283,6 +288,11 @@ class _PrefillService(_Service, worker_pb2_grpc.PrefillWorkerServicer):
         if self.worker.behaviour.refuses_to_meet:
             await context.abort(grpc.StatusCode.INTERNAL, "told to")
         return worker_pb2.MeetReply()
+
+    async def OpenPrefill(self, request_iterator, context):
+        async for request in request_iterator:
+            yield await self.Prefill(request, context)
+            return
 
     async def Prefill(self, request, context):
         await self.enter(context, request.epoch)

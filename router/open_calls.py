@@ -1,0 +1,77 @@
+"""Calls to a worker that are open before there is a request for them.
+
+Half of what a unary call costs is to open it, on both sides. So a router keeps a few open, each for one request:
+
+    OPEN --request written--> ASKED --reply or status--> (gone; another one is opened soon)
+      '--the worker ended it--> (gone)
+
+Where none is open the caller makes a unary call, which means the same. Closing the channel ends them all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, TypeVar, cast
+
+import grpc
+
+Q = TypeVar("Q")
+A = TypeVar("A")
+
+NUM_OPEN = 4
+REFILL_AFTER_S = 0.01
+"""Opening a call takes both ends time that the request just answered needs first."""
+
+
+class OpenCalls(Generic[Q, A]):
+    """Open calls of one method at one worker."""
+
+    def __init__(self, open_call: Callable[[], grpc.aio.StreamStreamCall[Q, A]]) -> None:
+        self._open_call = open_call
+        self._open: deque[grpc.aio.StreamStreamCall[Q, A]] = deque()
+        self._asked: set[grpc.aio.StreamStreamCall[Q, A]] = set()
+        """Held until they are done: one that is forgotten before is cancelled."""
+        self._refill: asyncio.TimerHandle | None = None
+        self._closed = False
+
+    def fill(self) -> None:
+        """Open as many as there should be."""
+        self._refill = None
+        while not self._closed and len(self._open) < NUM_OPEN:
+            self._open.append(self._open_call())
+
+    def close(self) -> None:
+        """Open no more; those that are open end with their channel."""
+        self._closed = True
+        if self._refill is not None:
+            self._refill.cancel()
+
+    async def ask(self, request: Q, timeout_s: float) -> A | None:
+        """The reply, or None if no call was open and nobody was asked.
+
+        TimeoutError, AioRpcError and, if the channel is closed under it, CancelledError as from a unary call.
+        """
+        call = self._take()
+        if call is None:
+            return None
+        try:
+            async with asyncio.timeout(timeout_s):
+                with contextlib.suppress(asyncio.InvalidStateError):  # it has just ended: reading says why
+                    await call.write(request)
+                reply = await call.read()
+        finally:
+            if not self._closed and self._refill is None:
+                self._refill = asyncio.get_running_loop().call_later(REFILL_AFTER_S, self.fill)
+        return cast(A | None, reply or None)  # a call that ended well without a reply was not asked
+
+    def _take(self) -> grpc.aio.StreamStreamCall[Q, A] | None:
+        while self._open:
+            call = self._open.popleft()
+            if not call.done():
+                self._asked.add(call)
+                call.add_done_callback(self._asked.discard)
+                return call
+        return None
