@@ -26,8 +26,9 @@ from protos.transfer_pb2 import PieceAnnounced
 from protos.worker_pb2 import TokenOutput
 
 _MAX_REMEMBERED = 4096
-GRANT_WAIT_S = 2.0
-"""How long a rank other than 0 waits for the word that a ticket was granted, when KV comes before it."""
+GRANT_WAIT_S = 1.0
+"""How long a rank other than 0 waits, once a ticket, for the word that it was granted, when KV comes before it. Well
+below the time after which the sender, whose other pieces wait meanwhile, takes this end for lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +217,9 @@ class TicketLedger:
                 ticket.first, ticket.computed_at = first, computed_at
             if ticket.num_complete < self._layout.num_local_heads:
                 return
+            if ticket.missing:
+                self._end(ticket, TicketState.ABORTED, "a sender said twice that all of its part was announced")
+                return
             self._close(ticket, TicketState.DELIVERED, "")
         tail_s = max(0.0, ticket.last_home - ticket.computed_at) if ticket.first is not None else 0.0
         received = ReceivedKV(
@@ -272,6 +276,8 @@ class TicketLedger:
             self._granted.wait_for(lambda: ticket_id in self._open or ticket_id in self._ended, GRANT_WAIT_S)
         ticket = self._open.get(ticket_id)
         if ticket is None:
+            if ticket_id not in self._ended and self._layout.tp_rank > 0:
+                self._remember(ticket_id, TicketState.ABORTED, "no such ticket")  # its next piece does not wait again
             state, reason = self._ended.get(ticket_id, (TicketState.ABORTED, "no such ticket"))
             holder.tell_settled(ticket_id, state, reason)
             return None
@@ -335,13 +341,16 @@ class TicketLedger:
         grant = ticket.grant
         del self._open[grant.ticket_id]
         self._blocks.difference_update(grant.block_ids)
-        self._ended[grant.ticket_id] = (state, reason)
-        if len(self._ended) > _MAX_REMEMBERED:
-            self._ended.popitem(last=False)
+        self._remember(grant.ticket_id, state, reason)
         for holder in ticket.holders:
             holder.tell_settled(grant.ticket_id, state, reason)
         if state is not TicketState.DELIVERED:
             self._janitor.call_soon(partial(grant.on_end, state, reason))
+
+    def _remember(self, ticket_id: str, state: TicketState, reason: str) -> None:
+        self._ended[ticket_id] = (state, reason)
+        if len(self._ended) > _MAX_REMEMBERED:
+            self._ended.popitem(last=False)
 
     def _set_alarm(self) -> None:
         """Have the leases looked at when the first of them may end."""

@@ -161,6 +161,10 @@ class ReceiverPair:
 
     def _handle(self, message: ControlMessage) -> None:
         kind = message.WhichOneof("message")
+        if kind == "probe" and self._is_ready:
+            raise ProtocolError(f"{self.sender} sent a probe behind its self-test")
+        if kind == "piece" and not self._is_ready:
+            raise ProtocolError(f"{self.sender} announced a piece before the end of its self-test")
         if kind == "piece":
             self._put(message.piece)
         elif kind == "complete":
@@ -224,9 +228,11 @@ class ReceiverPair:
             self._answer_probe(item)
 
     def _answer_probe(self, probe: Probe) -> None:
+        if probe.num_bytes < 1:
+            raise ProtocolError(f"{self.sender} sent a probe of {probe.num_bytes} bytes")
         with self._posting:
             buffer = self._staging.acquire(probe.num_bytes)
-        assert buffer is not None, "nothing is posted"
+        assert buffer is not None, "no piece comes before the self-test is over"
         assert self._transport is not None
         lane, bound_s = self._equipment.lane, self._context.config.peer_timeout_s
         with self._watch.waiting(f"a probe of {self.sender}", bound_s):
@@ -277,15 +283,18 @@ class ReceiverPair:
         """Write a piece where its ticket says and check it; the ticket learns of it once the copy is done."""
         piece, counters, lane = incoming.piece, self._context.counters, self._equipment.lane
         data = incoming.buffer[: piece.num_bytes]
-        bound_s = self._context.config.peer_timeout_s
+        what, bound_s = f"piece {piece.sequence_number} of {self.sender}", self._context.config.peer_timeout_s
         slots = failure = None
         try:
-            with self._watch.waiting(f"piece {piece.sequence_number} of {self.sender}", bound_s):
+            with self._watch.waiting(what, bound_s):
                 incoming.transfer.wait()
                 digest = self._equipment.digester.begin(data) if piece.has_digest else None
                 if self._equipment.digester.is_prompt:
                     self._check(piece, digest)
-                slots = self._context.ledger.begin_write(self, piece)
+            slots = self._context.ledger.begin_write(
+                self, piece
+            )  # it may wait for a grant, which is not the peer's doing
+            with self._watch.waiting(what, bound_s):
                 if slots is not None:
                     failure = self._scatter(piece, slots, data)
                 lane.mark().wait()

@@ -4,7 +4,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -257,6 +257,22 @@ def test_an_open_ticket_is_not_idle(book: Book) -> None:
     book.end()
 
 
+def test_another_rank_waits_once_for_a_grant(janitor: Janitor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kv_transfer.ledger.GRANT_WAIT_S", 0.2)
+    book = Book(TicketLedger(replace(LAYOUT, num_kv_heads=4, tp_rank=1, tp_size=2), janitor, lease_s=30.0))
+    janitor.call_at(time.monotonic() + 0.05, book.grant)
+    assert book.write(piece(0, 1, 8, 1)) is not None, "its grant was on the way"
+    book.ledger.end_all("over")
+    book.end()
+    start = time.monotonic()
+    for _ in range(10):
+        assert book.write(piece(0, 1, 8, 1, ticket_id="never granted")) is None
+    assert 0.2 <= time.monotonic() - start < 1.0
+    assert book.pair.told[-1] == ("never granted", TicketState.ABORTED, "no such ticket")
+    with pytest.raises(TicketError, match="granted before"):
+        book.grant(ticket_id="never granted")
+
+
 # -- a ticket whose heads come over two pairs
 
 
@@ -298,6 +314,13 @@ def test_one_that_completes_too_early_ends_it_for_both(book: Book, halves: tuple
     state, reason = book.end()
     assert (state, reason) == (TicketState.ABORTED, "KV of 13 (layer, token) places never came")
     assert [half.told for half in halves] == [[("t", state, reason)]] * 2
+
+
+def test_one_that_completes_twice_delivers_nothing_of_the_other(book: Book, halves: tuple[Pair, Pair]) -> None:
+    write_half(book, halves[0])
+    for _ in range(2):
+        book.ledger.complete(halves[0], "t", TokenOutput(request_id="r", token_ids=[1]), 0.0)
+    assert book.end() == (TicketState.ABORTED, "a sender said twice that all of its part was announced")
 
 
 def test_the_first_token_comes_with_the_first_heads(book: Book, halves: tuple[Pair, Pair]) -> None:

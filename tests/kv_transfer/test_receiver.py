@@ -15,8 +15,9 @@ from kv_transfer.digest import Digester
 from kv_transfer.gloo import GlooTransport
 from kv_transfer.jobs import SendJob
 from kv_transfer.loopback import LoopbackTransport
-from kv_transfer.self_test import SMALL_BYTES
+from kv_transfer.self_test import SMALL_BYTES, Measured, SelfTest
 from kv_transfer.ticket import ReceivedKV, TicketState
+from protos.transfer_pb2 import ControlMessage, Probe
 from tests.kv_transfer.conftest import (
     BOUND_S,
     LAYOUT,
@@ -176,7 +177,9 @@ def test_damage_on_the_way_never_reaches_a_delivered_ticket(
     for n in range(40):
         delivery = offer(receiver, 24, [3 * (n % 20), 3 * (n % 20) + 1, 3 * (n % 20) + 2])
         before = len(num_damaged)
-        send_all(sender, delivery, [n, n + 1, n + 2])
+        job = sender.open_send(delivery.ticket, delivery.sent.put)
+        job.push(0, LAYOUT.num_layers, 0, slots([n, n + 1, n + 2], 0, 24))  # one piece: none is left after the verdict
+        job.finish(first_token_of(delivery))
         end, result = delivery.at_receiver(), delivery.at_sender()
         if len(num_damaged) > before:
             assert end == (TicketState.ABORTED, "digest mismatch")
@@ -303,3 +306,31 @@ def test_a_slow_receiver_holds_the_sender_back_and_loses_nothing(make_node: Make
     target.scatter_gate.set()
     delivery.assert_delivered()
     assert torch.equal(source.kv, target.kv)
+
+
+def test_a_probe_behind_the_self_test_ends_the_pair(two: Two) -> None:
+    """Its receive would be posted behind those of later pieces, and each would get the other's bytes."""
+    delivery, _ = begin(two)
+    wait_until(lambda: two.receiver.stats().received_pieces == 1, "the first layer came")
+    (pair,) = two.sender._alive
+    pair._say(ControlMessage(probe=Probe(num_bytes=SMALL_BYTES)))
+    state, reason = delivery.at_receiver()  # type: ignore[misc]
+    assert state is TicketState.ABORTED
+    assert "a probe behind its self-test" in reason
+    assert delivery.at_sender().state is TicketState.LOST
+    again = offer(two.receiver, 24, [7, 8, 9])
+    send_all(two.sender, again, [3, 1, 2])
+    again.assert_delivered()
+
+
+def test_a_piece_before_the_end_of_the_self_test_ends_the_pair(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as hasty:
+        hasty.setattr(SelfTest, "run", lambda *_: Measured(1.0, 1e9))
+        delivery, _ = begin(two)
+        assert delivery.at_sender().state is TicketState.LOST
+    assert two.receiver.stats().received_pieces == 0
+    two.receiver.abort(delivery.ticket.ticket_id, "over")
+    delivery.at_receiver()
+    again = offer(two.receiver, 24, [7, 8, 9])
+    send_all(two.sender, again, [3, 1, 2])
+    again.assert_delivered()
