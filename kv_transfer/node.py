@@ -86,6 +86,15 @@ class TransferNode:
         """host:port of the control listener, as a ticket names it."""
         return (self._address,)
 
+    @property
+    def lease_s(self) -> float:
+        """How long a ticket lasts that nobody renews."""
+        return self._context.config.ticket_lease_s
+
+    def call_later(self, delay_s: float, call: Callable[[], None]) -> None:
+        """Have a transfer thread make a call, unless the node stops before."""
+        self._janitor.call_at(time.monotonic() + delay_s, call)
+
     def start(self) -> str:
         """Bind the control listener to a free port; returns host:port, or raises TransferError."""
         self._address = self._peers.start()
