@@ -222,6 +222,8 @@ class TransferGroup:
         report = RankReport.FromString(payload)
         kind = report.WhichOneof("report")
         if kind == "started":
+            if report.started.epoch != self._node.identity.epoch:
+                return  # the answer to a start that was given up
             with self._changed:
                 if report.started.error:
                     self._error = f"rank {rank}: {report.started.error}"

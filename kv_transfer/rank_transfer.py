@@ -126,10 +126,10 @@ class RankTransfer:
             secret=self._secret,
         )
         try:
-            started = NodeStarted(address=node.start())
+            started = NodeStarted(address=node.start(), epoch=start.identity.epoch)
             self._node = node
         except TransferError as error:
-            started = NodeStarted(error=str(error))
+            started = NodeStarted(error=str(error), epoch=start.identity.epoch)
         self._report(RankReport(started=started))
 
     def _grant(self, grant: RankGrant) -> None:

@@ -144,8 +144,20 @@ def test_parts_that_never_follow_rank_0s_expire(make_group: Callable[..., Group]
 def test_a_group_that_cannot_start_leaves_nothing_started(config: TransferConfig) -> None:
     node = TransferNode(worker_id="w", epoch=1, layout=HALF, memory=Memory(HALF), config=config, secret=SECRET)
     group = Group(node)
-    group.hear(started=NodeStarted(error="no such address"))
+    group.hear(started=NodeStarted(error="no such address", epoch=1))
     with pytest.raises(TransferError, match="rank 1: no such address"):
         group.group.start()
     assert group.kinds == ["start", "stop"]
     assert not node._peers._accepting.is_alive()
+
+
+def test_the_late_answer_to_an_earlier_start_is_no_address(config: TransferConfig) -> None:
+    node = TransferNode(worker_id="w", epoch=2, layout=HALF, memory=Memory(HALF), config=config, secret=SECRET)
+    group = Group(node)
+    group.hear(started=NodeStarted(address="127.0.0.1:1", epoch=1))
+    group.hear(started=NodeStarted(address="127.0.0.1:2", epoch=2))
+    group.group.start()
+    assert group.group.addresses[1] == "127.0.0.1:2"
+    group.hear(started=NodeStarted(address="127.0.0.1:1", epoch=1))
+    assert group.group.addresses[1] == "127.0.0.1:2"
+    group.group.stop()
