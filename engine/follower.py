@@ -3,8 +3,8 @@
     NEW --connect--> WAITING --all ranks are here--> MET --rank 0's stop, or close--> ENDED
                         '--rank 0 is gone or silent------'--> LOST
 
-It schedules nothing and answers nobody. It still reads each step's outcome, `run_ahead` steps later, which
-bounds what is under way. Logits that are not numbers are so on all ranks: rank 0 ends the requests,
+It schedules nothing and answers nobody. It still reads each step's outcome, `run_ahead` steps later (at once where one
+has failed), which bounds what is under way. Logits that are not numbers are so on all ranks: rank 0 ends the requests,
 and this rank goes on. Any other failure here ends the worker's epoch.
 """
 
@@ -148,6 +148,10 @@ class Follower:
                     raise RankLostError(f"rank 0 did not listen at {self._path} within {timeout_s:g} s") from error
 
     def _step(self, runner: Runner, step: pb.RankStep) -> None:
+        if not step.shares:  # one of those before has failed (`RankGroup.catch_up`)
+            while self._under_way:
+                self._take_oldest()
+            return
         plan = self._mirror.plan(step)
         hook = None
         if step.note and self.make_hook is not None:

@@ -27,7 +27,7 @@ from functools import partial
 import torch
 
 from engine.batch import LayerHook, StepPlan, StepResult
-from engine.errors import RankLostError
+from engine.errors import EngineError, RankLostError
 from engine.ipc import listen_privately
 from engine.loop import Runner, StepUnderWay
 from engine.mirror import StepTeller
@@ -112,6 +112,14 @@ class RankGroup:
             self._broadcast(pb.RankMessage(step=self._teller.tell(plan, note)))
         if self.state is not GroupState.MET:
             raise RankLostError("a rank of this worker is gone: its epoch is over")
+
+    def catch_up(self) -> None:
+        """Have all ranks read the outcome of every step so far, before whatever they are told next.
+
+        A step has failed, and its reader cleans up behind it: no block that it wrote may have a new owner before.
+        """
+        if self.state is GroupState.MET:
+            self._broadcast(pb.RankMessage(step=pb.RankStep()))
 
     def order(self, payload: bytes) -> None:
         """Hand something to every other rank's `on_order`, in order with the steps; dropped once a rank is lost."""
@@ -264,7 +272,7 @@ class LeadingRunner:
         self._group.announce(plan, hook.note if hook is not None else b"")
         try:
             with self.busy():
-                return _LedStep(self._runner.launch(plan, hook), self)
+                return _LedStep(self._runner.launch(plan, hook), self, self._group)
         except Exception as error:
             if isinstance(error, RankLostError):
                 self._group.ended.wait(BLAME_S)
@@ -291,11 +299,16 @@ class LeadingRunner:
 class _LedStep:
     """A step under way on all ranks."""
 
-    def __init__(self, step: StepUnderWay, runner: LeadingRunner) -> None:
+    def __init__(self, step: StepUnderWay, runner: LeadingRunner, group: RankGroup) -> None:
         self._step = step
         self._runner = runner
+        self._group = group
 
     def result(self) -> StepResult:
         """As rank 0's own."""
-        with self._runner.busy():
-            return self._step.result()
+        try:
+            with self._runner.busy():
+                return self._step.result()
+        except EngineError:
+            self._group.catch_up()
+            raise

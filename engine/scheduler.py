@@ -194,9 +194,12 @@ class Scheduler:
     def _make_way(self) -> bool:
         """Preempt the last that holds blocks where those that run wait for each other's; False if that is not so.
 
-        It happens when KV that was received waits, older than what runs, behind one that finds no blocks at all.
+        It happens when KV that was received waits, older than what runs, behind one that finds no blocks at all. A
+        prefill-only sequence that runs has all its blocks: it is held, and will go on without anybody's.
         """
         if not self._running or any(sequence.num_pending for sequence in self.sequences()):
+            return False
+        if any(sequence.prefill_only for sequence in self._running):
             return False
         victim = self._victim(min(self.sequences(), key=_order))
         if victim is None:

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from kv_transfer.context import TransferStats
-from kv_transfer.errors import TransferError
+from kv_transfer.errors import TicketError, TransferError
 from kv_transfer.fan_out import OnSettled, Outlet
 from kv_transfer.layout import KVLayout
 from kv_transfer.node import TransferNode
@@ -89,7 +89,14 @@ class TransferGroup:
         self._sending: dict[str, _Parts] = {}
 
     def start(self) -> None:
-        """Start every rank's node; TransferError if one does not start in time."""
+        """Start every rank's node; TransferError if one does not start in time, and then none is left started."""
+        try:
+            self._start()
+        except TransferError:
+            self.stop()
+            raise
+
+    def _start(self) -> None:
         self._order(start=NodeStart(identity=self._node.identity.to_proto()))
         address = self._node.start()
         with self._changed:
@@ -120,15 +127,20 @@ class TransferGroup:
             on_settled(SendResult(ticket_id, state, reason))
 
         outlet = _GroupOutlet(self, ticket_id)
-        with self._lock:
-            self._sending[ticket_id] = _Parts(set(range(self._num_ranks)), finish, outlet.abort)
+        parts = _Parts(set(range(self._num_ranks)), finish, outlet.abort)
+        self._enter(self._sending, ticket_id, parts)
+        self._order(open_send=RankSend(ticket=ticket.to_proto()))  # before there can be an abort, which must follow it
         try:
             outlet.local = self._node.open_send(ticket, partial(self._send_part_settled, 0))
-        except TransferError:
+        except TransferError as error:
             with self._lock:
                 del self._sending[ticket_id]
+            self.abort_send(ticket_id, str(error))
             raise
-        self._order(open_send=RankSend(ticket=ticket.to_proto()))
+        with self._lock:
+            failure = parts.reason if parts.state is not TicketState.DELIVERED else None
+        if failure is not None:  # another rank's part ended before this one's was there
+            outlet.local.abort(failure)
         return outlet
 
     def meet(self, worker_id: str, epoch: int, addresses: Sequence[str], layout: KVLayout) -> None:
@@ -152,8 +164,7 @@ class TransferGroup:
         parts = _Parts(set(range(self._num_ranks)), grant.on_end, lambda reason: None)
         parts.cancel = partial(self._end_everywhere, grant.ticket_id)
         parts.finish = partial(self._grant_ended, grant, parts)
-        with self._lock:
-            self._granted[grant.ticket_id] = parts
+        self._enter(self._granted, grant.ticket_id, parts)
         local = replace(
             grant,
             on_ready=lambda received: self._part_ended(self._granted, grant.ticket_id, 0, received=received),
@@ -211,6 +222,8 @@ class TransferGroup:
         report = RankReport.FromString(payload)
         kind = report.WhichOneof("report")
         if kind == "started":
+            if report.started.epoch != self._node.identity.epoch:
+                return  # the answer to a start that was given up
             with self._changed:
                 if report.started.error:
                     self._error = f"rank {rank}: {report.started.error}"
@@ -227,6 +240,12 @@ class TransferGroup:
             self._send_part_settled(rank, result)
 
     # -- inside
+
+    def _enter(self, book: dict[str, _Parts], ticket_id: str, parts: _Parts) -> None:
+        with self._lock:
+            if ticket_id in book:
+                raise TicketError(f"ticket {ticket_id} is open already")
+            book[ticket_id] = parts
 
     def _order(self, **order: Any) -> None:
         self._send_order(RankOrder(**order).SerializeToString())
@@ -266,6 +285,19 @@ class TransferGroup:
                 self._changed.notify_all()
         elif cancel:
             parts.cancel(parts.reason)
+        elif rank == 0 and received is not None:  # its lease is over, and the other ranks' tickets have none
+            self._node.call_later(self._node.lease_s, partial(self._end_late, ticket_id))
+
+    def _end_late(self, ticket_id: str) -> None:
+        """End a ticket whose other parts did not follow rank 0's within a lease."""
+        with self._lock:
+            parts = self._granted.get(ticket_id)
+            if parts is None or parts.state is not TicketState.DELIVERED:
+                return
+            missing = sorted(parts.open)
+            parts.state = TicketState.EXPIRED
+            parts.reason = f"the KV of ranks {missing} did not come within {self._node.lease_s:g} s of rank 0's"
+        self._end_everywhere(ticket_id, parts.reason)
 
     @staticmethod
     def _grant_ended(grant: TicketGrant, parts: _Parts, state: TicketState, reason: str) -> None:

@@ -75,15 +75,19 @@ class CudaLane:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device, priority=-1)
-        self._beside = torch.cuda.Stream(device, priority=-1)
+        self._device = device
 
     def enter(self) -> None:
         """Make the lane's stream the thread's current one; streams are current thread by thread."""
         torch.cuda.set_stream(self._stream)
 
     def enter_beside(self) -> None:
-        """Make a stream on which nothing is ever computed the thread's current one."""
-        torch.cuda.set_stream(self._beside)
+        """Make a stream on which nothing is ever computed the thread's current one.
+
+        Not of the priority of lanes and of NCCL: torch has 32 streams of each, hands them out in turn, and one that
+        is some other pair's lane would have this thread's receives wait behind that pair's.
+        """
+        torch.cuda.set_stream(torch.cuda.Stream(self._device))
 
     def follow(self, event: Any) -> None:
         """Wait for the event on the GPU, not here."""

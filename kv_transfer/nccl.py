@@ -69,10 +69,10 @@ class NcclTransport:
         self._abort_lock = threading.Lock()
         self._aborting: threading.Thread | None = None
         self._group: ProcessGroupNCCL | None = None
-        self._error: RuntimeError | None = None
+        self._error: Exception | None = None
         self._is_late = False
         made = threading.Event()
-        store.on_close = made.set
+        store.when_closed(made.set)
         making = threading.Thread(target=self._make, args=(options, made), name="kv-nccl-make", daemon=True)
         making.start()
         made.wait(options.connect_timeout_s)
@@ -95,15 +95,16 @@ class NcclTransport:
             torch.cuda.set_device(options.device)
             group = ProcessGroupNCCL(self._store, options.side, 2, settings)
             group.eager_connect_single_device(options.device)
-        except RuntimeError as error:
+        except Exception as error:  # torch's own, or the store's: what its callbacks raise may come through as it is
             self._error = error
             made.set()
             return
         with self._abort_lock:
-            if not self._is_late:
+            is_late = self._is_late
+            if not is_late:
                 self._group = group
         made.set()
-        if self._group is None:
+        if is_late:
             group.abort()
 
     def send(self, data: torch.Tensor) -> Transfer:
@@ -135,10 +136,11 @@ class NcclTransport:
         group.abort()
 
     def _begin(self, verb: str, tensor: torch.Tensor) -> Transfer:
-        if self._group is None or self._aborting is not None:
+        group = self._group  # the other thread of the pair may close it meanwhile
+        if group is None or self._aborting is not None:
             raise TransportError("the data channel is closed")
         try:
-            return _NcclTransfer(getattr(self._group, verb)([tensor], self._peer, 0), tensor)
+            return _NcclTransfer(getattr(group, verb)([tensor], self._peer, 0), tensor)
         except RuntimeError as error:
             raise TransportError(f"nccl: {_first_line(error)}") from error
 

@@ -86,6 +86,15 @@ class TransferNode:
         """host:port of the control listener, as a ticket names it."""
         return (self._address,)
 
+    @property
+    def lease_s(self) -> float:
+        """How long a ticket lasts that nobody renews."""
+        return self._context.config.ticket_lease_s
+
+    def call_later(self, delay_s: float, call: Callable[[], None]) -> None:
+        """Have a transfer thread make a call, unless the node stops before."""
+        self._janitor.call_at(time.monotonic() + delay_s, call)
+
     def start(self) -> str:
         """Bind the control listener to a free port; returns host:port, or raises TransferError."""
         self._address = self._peers.start()
@@ -139,7 +148,10 @@ class TransferNode:
         return FanOut(ticket, [partial(self._open_job, receiver, ticket) for receiver in receivers], on_settled)
 
     def meet(self, worker_id: str, epoch: int, addresses: Sequence[str], layout: KVLayout) -> None:
-        """Make the pairs to a worker's ranks ahead of the first ticket; one that cannot be made is made on use."""
+        """Make the pairs to a worker's ranks ahead of the first ticket, as far as the cap leaves room: none is closed.
+
+        One that cannot be made is made on use.
+        """
         context = self._context
         if context.layout.differences(layout) or len(addresses) != layout.tp_size:
             return
@@ -147,7 +159,8 @@ class TransferNode:
             receiver = Receiver(Identity(worker_id, epoch), address, layout.of_rank(rank))
             if context.layout.slices_to(receiver.layout):
                 with self._lock:
-                    if not self._stopped and _key(receiver) not in self._outgoing:
+                    has_room = len(self._outgoing) < context.config.max_pairs
+                    if has_room and not self._stopped and _key(receiver) not in self._outgoing:
                         self._new_pair(receiver)
 
     def _open_job(self, receiver: Receiver, ticket: KVTicket, on_settled: Callable[[SendResult], None]) -> SendJob:

@@ -36,6 +36,7 @@ _log = logging.getLogger(__name__)
 
 NO_LEASE_S = 10 * 365 * 86400.0
 """Rank 0 watches the leases."""
+NO_EPOCH = "this rank's epoch is over"
 OnLayer = Callable[[int, Any], None]
 
 
@@ -125,15 +126,16 @@ class RankTransfer:
             secret=self._secret,
         )
         try:
-            started = NodeStarted(address=node.start())
+            started = NodeStarted(address=node.start(), epoch=start.identity.epoch)
             self._node = node
         except TransferError as error:
-            started = NodeStarted(error=str(error))
+            started = NodeStarted(error=str(error), epoch=start.identity.epoch)
         self._report(RankReport(started=started))
 
     def _grant(self, grant: RankGrant) -> None:
         ticket_id = grant.ticket_id
-        if self._node is None:
+        if self._node is None:  # rank 0 granted while it stopped
+            self._ended(ticket_id, TicketState.ABORTED, NO_EPOCH)
             return
         try:
             self._node.grant(
@@ -157,6 +159,7 @@ class RankTransfer:
     def _open_send(self, send: RankSend) -> None:
         ticket = KVTicket.from_proto(send.ticket)
         if self._node is None:
+            self._settled(SendResult(ticket.ticket_id, TicketState.ABORTED, NO_EPOCH))
             return
         try:
             self._outlets[ticket.ticket_id] = self._node.open_send(ticket, self._settled)

@@ -28,8 +28,7 @@ class PairStore(Store):
         self._changed = threading.Condition()
         self._values: dict[str, bytes] = {}
         self._closed: str | None = None
-        self.on_close: Callable[[], None] = lambda: None
-        """Called when the store is closed, for a wait that is not the store's own."""
+        self._on_close: Callable[[], None] = lambda: None
 
     def set(self, key: str, value: str | bytes) -> None:
         """Keep a value here and at the other end."""
@@ -50,7 +49,16 @@ class PairStore(Store):
         with self._changed:
             self._closed = reason
             self._changed.notify_all()
-        self.on_close()
+            on_close = self._on_close
+        on_close()
+
+    def when_closed(self, call: Callable[[], None]) -> None:
+        """Have a wait that is not the store's own woken when the store is closed; at once if it is."""
+        with self._changed:
+            self._on_close = call
+            is_closed = self._closed is not None
+        if is_closed:
+            call()
 
     def get(self, key: str) -> bytes:
         """The value of a key, as soon as either end has set it."""

@@ -262,12 +262,14 @@ class RankReport(_message.Message):
     def __init__(self, started: _Optional[_Union[NodeStarted, _Mapping]] = ..., ticket_ended: _Optional[_Union[RankTicketEnded, _Mapping]] = ..., send_settled: _Optional[_Union[RankTicketEnded, _Mapping]] = ...) -> None: ...
 
 class NodeStarted(_message.Message):
-    __slots__ = ("address", "error")
+    __slots__ = ("address", "error", "epoch")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     address: str
     error: str
-    def __init__(self, address: _Optional[str] = ..., error: _Optional[str] = ...) -> None: ...
+    epoch: int
+    def __init__(self, address: _Optional[str] = ..., error: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class RankTicketEnded(_message.Message):
     __slots__ = ("ticket_id", "state", "reason", "busy_s", "num_bytes", "last_home")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from engine.batch import LayerHook, OnLayer, StepPlan
+from engine.errors import EngineError
 from engine.follower import Follower
 from engine.loop import EngineLoop
 from engine.ranks import GroupState, LeadingRunner, RankGroup
@@ -143,6 +144,54 @@ def test_an_order_that_cannot_be_followed_ends_the_epoch_with_its_reason(ranks: 
     assert "rank 2 cannot go on: ValueError: nonsense" in reason
     assert ranks.group.state is GroupState.LOST
     ranks.group.order(b"dropped")
+
+
+class Reading:
+    """A toy whose steps note when they are read, and may have failed."""
+
+    def __init__(self, heard: list[str], run_ahead: int) -> None:
+        self.run_ahead = run_ahead
+        self._heard = heard
+        self._num_launched = 0
+
+    def launch(self, plan: StepPlan, hook: LayerHook | None = None) -> Reading:
+        self._num_launched += 1
+        return self
+
+    def result(self) -> None:
+        self._heard.append("read")
+        raise EngineError("logits that are not numbers")
+
+
+def test_a_failed_step_is_read_everywhere_before_its_blocks_have_new_owners(tmp_path: Path) -> None:
+    """Reading is what cleans the blocks; rank 0 launches nothing more for a while."""
+    group = RankGroup(str(tmp_path / "r.sock"), 2, timeout_s=5.0)
+    follower = Follower(str(tmp_path / "r.sock"), 1, 2, timeout_s=5.0)
+    heard: list[str] = []
+    done = threading.Event()
+
+    def on_order(payload: bytes) -> None:
+        heard.append(payload.decode())
+        done.set()
+
+    def follow() -> None:
+        follower.connect(CPU)
+        follower.serve(Reading(heard, 1))  # type: ignore[arg-type]
+
+    follower.on_order = on_order
+    with ThreadPoolExecutor(1) as threads:
+        future = threads.submit(follow)
+        group.connect(CPU)
+        loop = EngineLoop(make_scheduler(16), LeadingRunner(Reading([], 1), group))  # type: ignore[arg-type]
+        loop.scheduler.add(Sequence.from_request(make_request("a", [1], max_tokens=1), 0.0))
+        assert loop.step()
+        assert loop.step()
+        group.order(b"these blocks are granted")
+        assert done.wait(TIMEOUT_S)
+        assert heard == ["read", "these blocks are granted"]
+        group.close()
+        future.result(TIMEOUT_S)
+    follower.close()
 
 
 def test_a_step_that_hangs_ends_the_epoch(tmp_path: Path) -> None:

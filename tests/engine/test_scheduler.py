@@ -203,6 +203,27 @@ def test_a_prefill_only_sequence_keeps_its_blocks_until_released(ahead):
     assert scheduler.pool.num_free == 16
 
 
+def test_while_a_prompt_is_held_received_kv_keeps_its_blocks():
+    """The held one will go on: nobody has to make way."""
+    scheduler, runner = make_scheduler(8), ToyRunner(8, 4)
+    prompt = Sequence.from_request(make_request("held", list(range(20))), 1.0)
+    prompt.prefill_only = True
+    held: list[Sequence] = []
+    scheduler.is_held = held.__contains__
+    scheduler.add(prompt)
+    scheduler.update(plan := scheduler.schedule(), runner.run(plan))
+    held.append(prompt)
+    add(scheduler, "large", list(range(30, 39)), arrival=2.0)
+    received = Sequence.from_request(make_request("received", [1, 2, 3, 4, 5]), 3.0)
+    received.block_ids = scheduler.pool.allocate(2)
+    received.num_computed_tokens = 4
+    scheduler.add(received)
+    assert scheduler.schedule() is None
+    assert (received.num_preemptions, len(received.block_ids)) == (0, 2)
+    held.clear()
+    assert scheduler.schedule() is not None
+
+
 def test_a_step_too_far_is_dropped():
     """Only the token itself tells that the sequence ends: it has been scheduled once more by then."""
     scheduler, runner = make_scheduler(16), ToyRunner(16, 4, run_ahead=1)

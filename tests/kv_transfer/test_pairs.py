@@ -119,6 +119,18 @@ def test_the_pair_that_idled_longest_makes_room(make_node: Make) -> None:
     assert sum(node.stats().lost_peers for node in [sender, *receivers.values()]) == 0
 
 
+def test_to_meet_somebody_closes_no_other_pair(make_node: Make) -> None:
+    """Else every newcomer would cost a pair that the next ticket needs."""
+    sender = make_node("prefill", Memory(LAYOUT), max_pairs=1)
+    known, newcomer = make_node("known", Memory(LAYOUT)), make_node("newcomer", Memory(LAYOUT))
+    deliver(sender, known)
+    meet(sender, newcomer, "newcomer")
+    assert states(sender) == {"known/1": "ready"}
+    assert sender.stats().retired_pairs == 0
+    deliver(sender, newcomer)
+    wait_until(lambda: set(states(sender)) == {"newcomer/1"}, "a ticket is what makes room")
+
+
 def test_a_pair_in_use_is_never_retired_and_the_cap_holds_again_later(make_node: Make) -> None:
     sender = make_node("prefill", Memory(LAYOUT), max_pairs=1)
     receivers = [make_node(f"decode-{n}", Memory(LAYOUT)) for n in range(4)]

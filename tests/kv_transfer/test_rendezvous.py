@@ -47,3 +47,14 @@ def test_a_peer_cannot_fill_the_memory() -> None:
     store.put("0", b"again")
     with pytest.raises(TransportError, match="misbehaves"):
         store.put("one more", b"")
+
+
+def test_others_hear_of_its_end_even_if_they_ask_late() -> None:
+    store, heard = PairStore(lambda key, value: None, 5.0), threading.Event()
+    store.when_closed(heard.set)
+    assert not heard.is_set()
+    store.close("the pair was closed")
+    assert heard.is_set()
+    late = threading.Event()
+    store.when_closed(late.set)
+    assert late.is_set()
