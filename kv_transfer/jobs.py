@@ -102,6 +102,9 @@ class Pair(Protocol):
     def notice(self, job: SendJob) -> None:
         """The job has something to do."""
 
+    def tell_complete(self, job: SendJob) -> None:
+        """All of the job has been announced."""
+
 
 class SendJob:
     """One pair's part of a ticket at its sender. `push`, `finish` and `abort` never block."""
@@ -121,6 +124,8 @@ class SendJob:
         """Whether the receiver has heard that this was all."""
         self._finished_at = 0.0
         self._gathering = False
+        self._in_hand = False
+        """Whether a piece has been taken that is not announced yet."""
         self._result: SendResult | None = None
         self._pair: Pair | None = None
         self._on_room: Callable[[], None] | None = None
@@ -168,7 +173,7 @@ class SendJob:
             self._state = JobState.FINISHING
             self._first = first
             self._finished_at = time.monotonic()
-        self._notify()
+        self._tell_if_complete()
 
     def abort(self, reason: str) -> None:
         """Give the ticket up; idempotent."""
@@ -231,7 +236,7 @@ class SendJob:
                 self._pieces.popleft()
             piece, rest = piece.cut(self._max_places)
             self._pieces.extendleft(reversed(rest))
-            self._gathering = True
+            self._gathering = self._in_hand = True
             return piece
 
     def end_gather(self) -> bool:
@@ -243,12 +248,16 @@ class SendJob:
                 return False
             return True
 
-    def take_complete(self) -> TicketComplete | None:
-        """What to say behind the last piece, once, when no piece waits any more."""
+    def announced(self) -> None:
+        """The receiver has heard of the piece that was gathered."""
         with self._lock:
-            if self._pieces or self._state is not JobState.FINISHING:
-                return None
-            if self._told:
+            self._in_hand = False
+        self._tell_if_complete()
+
+    def take_complete(self) -> TicketComplete | None:
+        """What to say behind the last piece, once; None while a piece waits to be announced."""
+        with self._lock:
+            if not self._is_complete:
                 return None
             self._told = True
             first, self._first = self._first, None
@@ -257,15 +266,15 @@ class SendJob:
 
     @property
     def has_work(self) -> bool:
-        """Whether a piece or the first token waits to be sent."""
+        """Whether a piece waits to be sent."""
         with self._lock:
-            return bool(self._pieces) or (self._state is JobState.FINISHING and not self._told)
+            return bool(self._pieces)
 
     @property
-    def awaited(self) -> Any:
-        """The event that what comes next must wait for; None: it can be done now."""
+    def is_written(self) -> bool:
+        """Whether what comes next need not wait for the engine."""
         with self._lock:
-            return None if not self._pieces or self._pieces[0].is_written else self._pieces[0].ready
+            return not self._pieces or self._pieces[0].is_written
 
     @property
     def waits_since(self) -> float:
@@ -277,6 +286,17 @@ class SendJob:
         """(layer, token) places whose KV is written and has not left."""
         with self._lock:
             return sum(piece.num_places for piece in self._pieces if piece.is_written)
+
+    @property
+    def _is_complete(self) -> bool:
+        """Whether the receiver should hear that this was all; the lock is held."""
+        return self._state is JobState.FINISHING and not (self._pieces or self._in_hand or self._told)
+
+    def _tell_if_complete(self) -> None:
+        with self._lock:
+            complete = self._is_complete
+        if complete and self._pair is not None:
+            self._pair.tell_complete(self)
 
     def _notify(self) -> None:
         if self._pair is not None:

@@ -2,8 +2,7 @@
 
     prepare (gather, wait until it is done) -> the pair announces it -> send -> reap (the staging is free)
 
-Pieces wait in their order; with them wait the ends of jobs, which count from the moment when everything before
-them has left. The pair's data thread calls everything.
+Pieces leave in their order. The pair's data thread calls everything.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ _log = logging.getLogger(__name__)
 
 MAX_IN_FLIGHT = 4
 """Pieces on the wire at once: enough to gather the next while one travels; more would only be joined less."""
-GATHER_BOUND_S = 10.0
-"""Most time that a gather of written KV may take beside what the engine computes."""
+COMPUTE_BOUND_S = 60.0
+"""Most time from a push to the moment when the engine has written its KV: two steps, however long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +39,12 @@ class Prepared:
     buffer: torch.Tensor
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _InFlight:
-    """A piece on its way, or (without a transfer) the end of a job behind its last piece."""
+    """A piece on its way."""
 
-    transfer: Transfer | None = None
-    buffer: torch.Tensor | None = None
-    finished: SendJob | None = None
+    transfer: Transfer
+    buffer: torch.Tensor
 
 
 class Outgoing:
@@ -77,6 +75,11 @@ class Outgoing:
     def is_full(self) -> bool:
         """Whether the oldest piece must leave before another is prepared."""
         return len(self._in_flight) >= MAX_IN_FLIGHT or self._equipment.staging.num_lent >= self._max_pieces
+
+    @property
+    def num_in_flight(self) -> int:
+        """Pieces on their way, as far as is known; any thread may ask."""
+        return len(self._in_flight)
 
     @property
     def is_empty(self) -> bool:
@@ -113,23 +116,16 @@ class Outgoing:
         self._in_flight.append(_InFlight(transfer, piece.buffer))
         self._context.counters.add(sent_bytes=num_bytes, sent_pieces=1)
 
-    def note_end(self, job: SendJob) -> None:
-        """All of a job has been announced."""
-        self._in_flight.append(_InFlight(finished=job))
-
-    def reap(self) -> list[SendJob]:
-        """Wait until the older half of what is in flight has left; the jobs whose end was among it."""
+    def reap(self) -> None:
+        """Wait until the older half of what is in flight has left."""
         leaving = [self._in_flight.popleft() for _ in range(max(1, len(self._in_flight) // 2))]
         bound_s = self._context.config.peer_timeout_s
         with self._watch.waiting(f"{self._receiver} to take a piece", bound_s):
             for item in leaving:
-                if item.transfer is not None:
-                    item.transfer.wait()
+                item.transfer.wait()
             self._equipment.lane.mark().wait()
         for item in leaving:
-            if item.buffer is not None:
-                self._equipment.staging.release(item.buffer)
-        return [item.finished for item in leaving if item.finished is not None]
+            self._equipment.staging.release(item.buffer)
 
     def close(self) -> None:
         """Forget what is in flight, once the data channel is closed."""
@@ -146,7 +142,7 @@ class Outgoing:
         self._context.memory.gather(piece.first_layer, piece.num_layers, places, self._heads, out)
         digest = equipment.digester.begin(data) if equipment.digester.wanted() else None
         done = equipment.lane.mark()
-        with self._watch.waiting(f"a gather from layer {piece.first_layer} on", GATHER_BOUND_S):
+        with self._watch.waiting(f"the engine to write layer {piece.first_layer} of a piece", COMPUTE_BOUND_S):
             done.wait()
         return PieceAnnounced(
             ticket_id=job.ticket.ticket_id,

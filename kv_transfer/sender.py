@@ -4,9 +4,9 @@ States: CONNECTING (dial, handshake, data channel, self-test) -> READY -> CLOSED
 transfer, idleness and the node's stop lead to CLOSED; nothing leads back: the next ticket makes a new
 pair, and one that joined before the loss was noticed is LOST with the others. Two threads: the data
 thread connects and is the only one that gathers; the control thread hears verdicts and heartbeats, and
-ends waits that last too long. Jobs are served in turn, a piece at a time, as far as their KV is written; a third
-thread waits for the engine where none is. A piece is announced once its gather is done, so the receiver never waits
-for KV that is being computed.
+ends waits that last too long. Jobs are served in turn, a piece at a time, as far as their KV is written, then in the
+order of the engine. A piece is announced once its gather is done, so the receiver never waits for KV that is being
+computed. A third thread, the courier, tells of jobs that are complete.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from functools import partial
 
 from kv_transfer.context import NodeContext, PairInfo
 from kv_transfer.control import ControlConnection, dial
+from kv_transfer.courier import Courier
 from kv_transfer.errors import PairRefusedError, PeerLostError, ProtocolError, TicketError, TransferError
-from kv_transfer.event_waiter import EventWaiter
 from kv_transfer.handshake import Identity
 from kv_transfer.jobs import SendJob
 from kv_transfer.layout import HeadSlice, KVLayout
@@ -91,7 +91,7 @@ class SenderPair:
         self._transport_name = ""
         self._test = SelfTest(self._say, context.config.connect_timeout_s)
         self._watch = Watch()
-        self._engine = EventWaiter(f"kv-await {receiver}", self._wake)
+        self._courier = Courier(f"kv-tell {receiver}", self._say_complete)
         self._store = PairStore(self._publish, context.config.connect_timeout_s)
         self._outgoing: Outgoing | None = None
         self._thread = threading.Thread(target=self._run, name=f"kv-send {receiver}", daemon=True)
@@ -209,24 +209,22 @@ class SenderPair:
         if not judge(self._measured, agreed.transport, config, str(receiver)):
             self._is_slow = True
             self._context.counters.add(slow_pairs=1)
+        self._courier.start()
         with self._changed:
             if self._state is PairState.CONNECTING:
                 self._state = PairState.READY
                 self.idle_since = time.monotonic()
 
     def _step(self) -> None:
-        """Send one piece or one first token, or wait for a transfer or for work."""
+        """Send one piece, or wait for a transfer or for work."""
         outgoing = self._outgoing
         assert outgoing is not None, "the pair is connected"
         job = self._next_job(outgoing)
         if job is None:
             if not outgoing.is_empty:
-                self._reap(outgoing)
+                outgoing.reap()
         elif job.settled:
             self._abandon(job)
-        elif (complete := job.take_complete()) is not None:
-            self._say(ControlMessage(complete=complete))
-            outgoing.note_end(job)
         else:
             self._send_piece(outgoing, job)
 
@@ -235,8 +233,8 @@ class SenderPair:
         idle_s = self._context.config.idle_pair_s
         with self._changed:
             while not self._closed:
-                if not outgoing.is_full and (job := self._take_turn()) is not None:
-                    return job
+                if self._ready and not outgoing.is_full:
+                    return self._take_turn()
                 if not outgoing.is_empty:
                     return None
                 if not self._changed.wait(None if self._jobs else idle_s) and not self._jobs:
@@ -244,33 +242,35 @@ class SenderPair:
                     self._context.counters.add(retired_pairs=1)
             return None
 
-    def _take_turn(self) -> SendJob | None:
-        """The next job in turn that has something to do now; None while all wait for the engine."""
-        for job in self._ready:
-            if job.awaited is None:
-                self._ready.remove(job)
-                return job
-        if self._ready:
-            self._engine.wait_for(min(self._ready, key=lambda job: job.waits_since).awaited)
-        return None
+    def _take_turn(self) -> SendJob:
+        """The next job in turn whose KV is written; else the one pushed first, for the engine goes in order."""
+        job = next((job for job in self._ready if job.is_written), None)
+        if job is None:
+            job = min(self._ready, key=lambda job: job.waits_since)
+        self._ready.remove(job)
+        return job
 
     def _send_piece(self, outgoing: Outgoing, job: SendJob) -> None:
         piece = outgoing.prepare(job)
         if piece is not None:
             self._say(ControlMessage(piece=piece.announced))
             outgoing.send(piece)
+            job.announced()
         if job.has_work or job.settled:
             self.notice(job)
         job.made_room()
 
-    def _reap(self, outgoing: Outgoing) -> None:
-        """Wait for the older half of what is in flight."""
-        for finished in outgoing.reap():
-            self._await_verdict(finished)
-
-    def _await_verdict(self, job: SendJob) -> None:
-        """The receiver has all of the job: bound the wait for its answer."""
-        timeout_s = self._context.config.settle_timeout_s
+    def _say_complete(self, job: SendJob) -> None:
+        """Tell the receiver that a job is complete, and bound the wait for its answer; on the courier's thread."""
+        complete, outgoing, config = job.take_complete(), self._outgoing, self._context.config
+        if complete is None or outgoing is None:
+            return
+        try:
+            self._say(ControlMessage(complete=complete))
+        except TransferError as error:
+            self._lose(TicketState.LOST, str(error), peer_lost=True)
+            return
+        timeout_s = config.settle_timeout_s + outgoing.num_in_flight * config.peer_timeout_s
         reason = f"{self.receiver} gave no verdict within {timeout_s:g} s"
         self._context.janitor.call_at(
             time.monotonic() + timeout_s, partial(self._settle, job, TicketState.LOST, reason)
@@ -294,14 +294,13 @@ class SenderPair:
     def _clean_up(self) -> None:
         if self._control is not None:
             self._control.shutdown()
+        self._courier.stop()
         if self._listener.ident is not None:
             self._listener.join()
         if self._transport is not None:
             self._transport.close()
         if self._outgoing is not None:
             self._outgoing.close()
-        if not self._engine.close(self._context.config.peer_timeout_s):
-            _log.warning("a thread of the pair with %s still waits for the engine's present step", self.receiver)
         if self._control is not None:
             self._control.close()
         self._on_closed(self)
@@ -315,17 +314,13 @@ class SenderPair:
         try:
             control.watch(
                 self._handle,
-                check=self._check_waits,
+                check=self._watch.check,
                 pings=True,
                 heartbeat_s=config.heartbeat_s,
                 timeout_s=config.peer_timeout_s,
             )
         except TransferError as error:
             self._lose(TicketState.LOST, str(error), peer_lost=True)
-
-    def _check_waits(self) -> None:
-        self._watch.check()
-        self._engine.watch.check()
 
     def _handle(self, message: ControlMessage) -> None:
         kind = message.WhichOneof("message")
@@ -352,10 +347,9 @@ class SenderPair:
                 self._changed.notify()
         job.settle(state, reason)
 
-    def _wake(self) -> None:
-        """KV that was waited for is written."""
-        with self._changed:
-            self._changed.notify()
+    def tell_complete(self, job: SendJob) -> None:
+        """All of a job has been announced."""
+        self._courier.post(job)
 
     def notice(self, job: SendJob) -> None:
         """A job has something to do (also: it was aborted)."""

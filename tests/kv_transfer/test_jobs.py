@@ -101,15 +101,47 @@ def test_every_place_is_sent_exactly_once_within_the_limit(chunks: list[int], ru
 
 def test_the_first_token_follows_the_last_piece_once(janitor: Janitor) -> None:
     job, _ = new_job(janitor)
+    pair = Told()
+    job.attach(pair)
     job.push(0, 1, 0, np.array([1]))
     assert job.take_complete() is None
     job.finish(FIRST)
     assert job.take_complete() is None, "a piece still waits"
-    take(job)
     assert job.has_work
+    take(job)
+    assert job.take_complete() is None, "the piece has not been announced"
+    assert not pair.complete
+    job.announced()
+    assert pair.complete == [job]
     assert job.take_complete().first == FIRST
     assert job.take_complete() is None
-    assert not job.has_work
+
+
+class Told:
+    """A pair that notes which jobs are complete."""
+
+    is_backlogged = False
+
+    def __init__(self) -> None:
+        self.complete: list[SendJob] = []
+
+    def notice(self, job: SendJob) -> None:
+        pass
+
+    def tell_complete(self, job: SendJob) -> None:
+        self.complete.append(job)
+
+
+def test_a_job_whose_pieces_have_all_left_is_complete_when_it_is_finished(janitor: Janitor) -> None:
+    job, _ = new_job(janitor)
+    pair = Told()
+    job.attach(pair)
+    job.push(0, 1, 0, np.array([1]))
+    take(job)
+    job.announced()
+    assert not pair.complete
+    job.finish(FIRST)
+    assert pair.complete == [job]
 
 
 def test_a_job_is_settled_once_and_forgets_its_pieces(janitor: Janitor) -> None:
@@ -228,9 +260,9 @@ def test_layers_of_one_step_are_one_piece_ready_with_its_last(janitor: Janitor) 
     slot_ids = np.arange(4)
     for layer, event in enumerate(events):
         job.push(layer, 1, 0, slot_ids, event)
-    assert job.awaited is events[2]
+    assert not job.is_written
     events[2].done = True
-    assert job.awaited is None
+    assert job.is_written
     (piece,) = take(job)
     assert (piece.num_layers, piece.ready) == (3, events[2])
 
@@ -240,9 +272,9 @@ def test_what_is_written_does_not_wait_for_what_is_not(janitor: Janitor) -> None
     later = Computed()
     job.push(0, 2, 0, np.arange(4))
     job.push(2, 1, 0, np.arange(4), later)
-    assert job.awaited is None
+    assert job.is_written
     piece = job.begin_gather()
     assert piece is not None
     assert piece.num_layers == 2
     assert job.end_gather()
-    assert job.awaited is later
+    assert not job.is_written

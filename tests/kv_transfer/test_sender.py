@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from kv_transfer.lane import CpuLane
 from kv_transfer.receiver import ReceiverPair
 from kv_transfer.sender import SenderPair
 from kv_transfer.ticket import SendResult, TicketState
@@ -25,7 +26,6 @@ from tests.kv_transfer.conftest import (
     send_all,
     slots,
 )
-from tests.kv_transfer.test_event_waiter import Event
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -290,8 +290,24 @@ def test_workers_meet_ahead_of_any_ticket_and_a_slow_pair_is_named(
     assert sender.stats().slow_pairs == int(is_slow)
 
 
-def test_a_prompt_that_is_being_computed_holds_up_no_other(two: Two) -> None:
+class Event:
+    """An event of a GPU that a test lets come."""
+
+    def __init__(self) -> None:
+        self.come = threading.Event()
+
+    def query(self) -> bool:
+        return self.come.is_set()
+
+
+def follow(lane: CpuLane, event: Event | None) -> None:
+    """As the data thread waits on a GPU for a gather behind an event."""
+    assert event is None or event.come.wait(BOUND_S)
+
+
+def test_a_prompt_that_is_being_computed_holds_up_no_other(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is written leaves, also the first token, while the next prompt's KV is awaited on the same pair."""
+    monkeypatch.setattr(CpuLane, "follow", follow)
     done, under_way = offer(two.receiver, 16, [0, 1]), offer(two.receiver, 16, [2, 3])
     later, sooner = Event(), Event()
     first = two.sender.open_send(done.ticket, done.sent.put)
