@@ -66,6 +66,8 @@ class Plan:
     lengths: tuple[int, ...]
     """Tokens of the prompts that are handed over."""
     repeats: int
+    rest_s: float = 0.3
+    """Rest of the GPUs before each of them: one that has just computed at full power is slower."""
     answer: int = 10
     """Tokens of the answer to each."""
     ctas: int = TransferConfig().max_ctas
@@ -145,6 +147,7 @@ CPU = Plan(
     load_tokens=64,
     load_rate=20e6,
     load_layers=1,
+    rest_s=0.0,
     lengths=(24, 200),
     repeats=3,
     together=(2, 100),

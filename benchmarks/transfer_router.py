@@ -145,8 +145,10 @@ def _measure(router: Router, plan: Plan, length: int, budget: Budget) -> Times:
         counts = number >= NUM_WARM
         if counts and times.split and not budget.allows(f"repeat {number} of {length} tokens"):
             break
+        time.sleep(plan.rest_s)
         alone_s, inside_s, _ = router.alone(router.request(length, 1)[1])
         pieces = router.num_pieces()
+        time.sleep(plan.rest_s)
         router.split([router.request(length, plan.answer)], times if counts else Times())
         pieces = router.num_pieces() - pieces
         move_s = router.move(length)

@@ -138,9 +138,11 @@ class HostSession:
             if self._node is None or self._prefill is None or self._decode is None:
                 return
             node = self._node
-            self._engine.loop.call(self._prefill.close).result(LOOP_CALL_TIMEOUT_S)
-            self._engine.loop.call(self._decode.close).result(LOOP_CALL_TIMEOUT_S)
-            node.stop()
+            try:
+                self._engine.loop.call(self._prefill.close).result(LOOP_CALL_TIMEOUT_S)
+                self._engine.loop.call(self._decode.close).result(LOOP_CALL_TIMEOUT_S)
+            finally:
+                node.stop()
             self._engine.loop.call(self._check_closed).result(LOOP_CALL_TIMEOUT_S)
             self._node = None
 

@@ -44,6 +44,8 @@ from protos.transfer_pb2 import (
 
 _log = logging.getLogger(__name__)
 
+MAX_WAITING = 4096
+"""Most that is kept of what a sender announced and no staging was free for; a sender has a few pieces in flight."""
 Item = PieceAnnounced | TicketComplete | Probe
 
 
@@ -188,6 +190,8 @@ class ReceiverPair:
                 return
             if not isinstance(item, Probe):
                 self._begun.add(item.ticket_id)
+            if len(self._inbox) >= MAX_WAITING:
+                raise ProtocolError(f"{self.sender} announced {MAX_WAITING} pieces more than it may have in flight")
             self._inbox.append((item, time.monotonic()))
         self._post()
 
