@@ -318,6 +318,7 @@ def test_a_probe_behind_the_self_test_ends_the_pair(two: Two) -> None:
     assert state is TicketState.ABORTED
     assert "a probe behind its self-test" in reason
     assert delivery.at_sender().state in (TicketState.LOST, TicketState.ABORTED)
+    wait_until(lambda: two.sender.stats().pairs == 0, "the sender has noticed")
     again = offer(two.receiver, 24, [7, 8, 9])
     send_all(two.sender, again, [3, 1, 2])
     again.assert_delivered()
