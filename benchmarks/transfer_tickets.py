@@ -118,7 +118,7 @@ class Node:
             "received_bytes": stats.received_bytes,
             "received_pieces": stats.received_pieces,
             "digest_mismatches": stats.digest_mismatches,
-            "pairs": [(info.latency_s, info.bytes_per_s) for info in stats.pair_infos],
+            "pairs": [(info.latency_s, info.bytes_per_s) for info in self.node.pair_infos()],
         }
 
     # -- the receiver

@@ -166,7 +166,7 @@ class HostSession:
     def pairs(self) -> list[pb.PairInfo]:
         """The pairs of this epoch, in either direction; any thread may ask."""
         node = self._node
-        return [info.to_proto() for info in node.stats().pair_infos] if node is not None else []
+        return [info.to_proto() for info in node.pair_infos()] if node is not None else []
 
     def num_open(self) -> int:
         """Requests of any phase that this epoch still has."""

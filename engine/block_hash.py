@@ -26,11 +26,6 @@ def root_hash(model_hash: str, dtype: str, block_size: int, salt: str = "") -> b
     return bytes(digest.digest())
 
 
-def chain_hash(parent: bytes | None, token_ids: Sequence[int]) -> bytes:
-    """The hash of one block of tokens that follows `parent` (None: nothing)."""
-    return bytes(xxhash.xxh3_128_digest((parent or b"") + np.asarray(token_ids, dtype="<i4").tobytes()))
-
-
 def block_hashes(token_ids: Sequence[int], block_size: int, root: bytes) -> list[bytes]:
     """The hashes of the full blocks of `token_ids`, first block first; a partial last block has none."""
     packed = np.asarray(token_ids, dtype="<i4").tobytes()

@@ -30,9 +30,8 @@ class TransferConfig:
     digest_share: float = 1 / 16
     """Share of the pieces that carry a digest when they are sampled."""
     max_ctas: int = 16
-    """Blocks of threads that NCCL may use for one pair. A matrix product that shares its GPU with a transfer loses
-    about the transfer's time, however few the blocks, so prefill wants many; decode, which reads memory, loses less
-    to few (benchmarks/RESULTS.md)."""
+    """Blocks of threads that NCCL may use for one pair. At one prefill GPU's rate neither prefill nor decode was seen
+    to lose more to 32 than to 2 or 8 (benchmarks/RESULTS.md); 16 move 2 to 4 times as much as 4."""
     max_pairs: int = 64
     """Outgoing pairs that are kept; beyond it the one that idled longest is closed."""
     expected_gb_s: float | None = None
@@ -56,7 +55,7 @@ class TransferConfig:
     backlog is as large is not given more to compute for that pair."""
     piece_mib: int | None = None
     """Most bytes sent at once, in MiB: larger writes are cut, smaller ones joined while they wait; default: 4, and
-    128 between GPUs (16 layers of 2,048 tokens of an 8B model), where each piece costs Python 0.5 ms at both ends; or
+    128 between GPUs (16 layers of 2,048 tokens of an 8B model), where each costs about 0.4 ms beside its transfer; or
     half of a smaller staging."""
 
     def __post_init__(self) -> None:

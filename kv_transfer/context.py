@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -80,7 +80,6 @@ class TransferStats:
     """Failed their self-test: far slower than the link should be."""
     retired_pairs: int = 0
     """Closed because they idled."""
-    pair_infos: list[PairInfo] = field(default_factory=list)
 
 
 class Counters:
@@ -96,11 +95,10 @@ class Counters:
             for name, count in counts.items():
                 setattr(self._stats, name, getattr(self._stats, name) + count)
 
-    def read(self, *, open_tickets: int, open_sends: int, pair_infos: list[PairInfo]) -> TransferStats:
+    def read(self, *, open_tickets: int, open_sends: int, pairs: int) -> TransferStats:
         """A copy, completed with what is open now."""
         with self._lock:
-            now = {"open_tickets": open_tickets, "open_sends": open_sends, "pairs": len(pair_infos)}
-            return TransferStats(**(asdict(self._stats) | now | {"pair_infos": pair_infos}))
+            return replace(self._stats, open_tickets=open_tickets, open_sends=open_sends, pairs=pairs)
 
 
 @dataclass(frozen=True, slots=True)

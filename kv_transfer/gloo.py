@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 from torch._C._distributed_c10d import ProcessGroupGloo, Work
 
-from kv_transfer.errors import TransportError
+from kv_transfer.errors import TransportError, first_line
 from kv_transfer.rendezvous import PairStore
 from kv_transfer.transport import ChannelOptions, Transfer
 
@@ -28,7 +28,7 @@ class _GlooTransfer:
         try:
             self._work.wait(self._timeout)
         except RuntimeError as error:
-            raise TransportError(f"gloo: {_first_line(error)}") from error
+            raise TransportError(f"gloo: {first_line(error)}") from error
 
 
 class GlooTransport:
@@ -45,14 +45,14 @@ class GlooTransport:
             group_options._devices = [ProcessGroupGloo.create_device(hostname=options.host)]
             self._group: ProcessGroupGloo | None = ProcessGroupGloo(store, options.side, 2, group_options)
         except RuntimeError as error:
-            raise TransportError(f"gloo could not connect: {_first_line(error)}") from error
+            raise TransportError(f"gloo could not connect: {first_line(error)}") from error
 
     def send(self, data: torch.Tensor) -> Transfer:
         """Start sending."""
         try:
             work = self._open().send([data], self._peer, 0)  # type: ignore[attr-defined]
         except RuntimeError as error:
-            raise TransportError(f"gloo: {_first_line(error)}") from error
+            raise TransportError(f"gloo: {first_line(error)}") from error
         return _GlooTransfer(work, data, self._timeout)
 
     def recv(self, into: torch.Tensor) -> Transfer:
@@ -60,7 +60,7 @@ class GlooTransport:
         try:
             work = self._open().recv([into], self._peer, 0)  # type: ignore[attr-defined]
         except RuntimeError as error:
-            raise TransportError(f"gloo: {_first_line(error)}") from error
+            raise TransportError(f"gloo: {first_line(error)}") from error
         return _GlooTransfer(work, into, self._timeout)
 
     def abort(self) -> None:
@@ -74,8 +74,3 @@ class GlooTransport:
         if self._group is None:
             raise TransportError("the data channel is closed")
         return self._group
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
-from kv_transfer.context import TransferStats
+from kv_transfer.context import PairInfo, TransferStats
 from kv_transfer.errors import TicketError, TransferError
 from kv_transfer.fan_out import OnSettled, Outlet
 from kv_transfer.layout import KVLayout
@@ -212,6 +212,10 @@ class TransferGroup:
     def stats(self) -> TransferStats:
         """Rank 0's own."""
         return self._node.stats()
+
+    def pair_infos(self) -> list[PairInfo]:
+        """Rank 0's own."""
+        return self._node.pair_infos()
 
     def check_integrity(self, idle: bool = False) -> None:
         """As of rank 0's node."""

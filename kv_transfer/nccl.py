@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kv_transfer.errors import TransportError
+from kv_transfer.errors import TransportError, first_line
 from kv_transfer.rendezvous import PairStore
 from kv_transfer.transport import ChannelOptions, Transfer
 
@@ -56,7 +56,7 @@ class _NcclTransfer:
         try:
             self._work.wait()
         except RuntimeError as error:
-            raise TransportError(f"nccl: {_first_line(error)}") from error
+            raise TransportError(f"nccl: {first_line(error)}") from error
 
 
 class NcclTransport:
@@ -79,8 +79,12 @@ class NcclTransport:
         with self._abort_lock:
             self._is_late = self._group is None
         if self._group is None:
-            why = _first_line(self._error) if self._error else f"no group within {options.connect_timeout_s:g} s"
-            raise TransportError(f"nccl could not connect: {why}")
+            raise TransportError(f"nccl could not connect: {self._why_not(options, ended=made.is_set())}")
+
+    def _why_not(self, options: ChannelOptions, *, ended: bool) -> str:
+        if self._error is not None:
+            return first_line(self._error)
+        return "the pair was closed meanwhile" if ended else f"no group within {options.connect_timeout_s:g} s"
 
     def _make(self, options: ChannelOptions, made: threading.Event) -> None:
         """Make the group; one that comes too late is aborted."""
@@ -142,9 +146,4 @@ class NcclTransport:
         try:
             return _NcclTransfer(getattr(group, verb)([tensor], self._peer, 0), tensor)
         except RuntimeError as error:
-            raise TransportError(f"nccl: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+            raise TransportError(f"nccl: {first_line(error)}") from error

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from kv_transfer.config import TransferConfig
-from kv_transfer.context import Counters, NodeContext, TransferStats, means_of
+from kv_transfer.context import Counters, NodeContext, PairInfo, TransferStats, means_of
 from kv_transfer.errors import PairError, TransferIntegrityError
 from kv_transfer.fan_out import FanOut, Outlet
 from kv_transfer.handshake import Handshake, Identity
@@ -238,8 +238,14 @@ class TransferNode:
         return self._context.counters.read(
             open_tickets=self._context.ledger.num_open,
             open_sends=sum(pair.num_jobs for pair in pairs),
-            pair_infos=[*(pair.info for pair in pairs), *self._peers.infos()],
+            pairs=len(pairs) + self._peers.num_pairs,
         )
+
+    def pair_infos(self) -> list[PairInfo]:
+        """Every pair, outgoing ones first."""
+        with self._lock:
+            pairs = list(self._alive)
+        return [*(pair.info for pair in pairs), *self._peers.infos()]
 
     def check_integrity(self, idle: bool = False) -> None:
         """Raise TransferIntegrityError if an invariant is broken; `idle`: also if any ticket or job is open."""

@@ -42,6 +42,11 @@ class PeerTable:
         self._threads: set[threading.Thread] = set()
         self._accepting = threading.Thread(target=self._accept, name="kv-listen", daemon=True)
 
+    @property
+    def num_pairs(self) -> int:
+        """Incoming pairs that are made or being made."""
+        return len(self._pairs)
+
     def infos(self) -> list[PairInfo]:
         """Incoming pairs that are made or being made."""
         with self._lock:

@@ -295,9 +295,8 @@ class ReceiverPair:
                 digest = self._equipment.digester.begin(data) if piece.has_digest else None
                 if self._equipment.digester.is_prompt:
                     self._check(piece, digest)
-            slots = self._context.ledger.begin_write(
-                self, piece
-            )  # it may wait for a grant, which is not the peer's doing
+            # Not watched: it may wait for a grant, which is not the peer's doing.
+            slots = self._context.ledger.begin_write(self, piece)
             with self._watch.waiting(what, bound_s):
                 if slots is not None:
                     failure = self._scatter(piece, slots, data)

@@ -263,7 +263,8 @@ class SenderPair:
     def _say_complete(self, job: SendJob) -> None:
         """Tell the receiver that a job is complete, and bound the wait for its answer; on the courier's thread."""
         complete, outgoing, config = job.take_complete(), self._outgoing, self._context.config
-        if complete is None or outgoing is None:
+        assert outgoing is not None, "the courier starts when the pair is connected"
+        if complete is None:
             return
         try:
             self._say(ControlMessage(complete=complete))

@@ -35,20 +35,20 @@ class KVPush:
         self._next_token = ticket.first_token
         """Tokens before this one have been pushed in every layer, or are not wanted."""
 
-    def begin_step(self, share: ScheduledSequence, note: PushNote) -> StepPush | None:
+    def begin_step(self, share: ScheduledSequence, note: PushNote | None) -> StepPush | None:
         """What to push of this step's tokens; first sends what the prefix cache already held.
 
-        The note tells the worker's other ranks the same.
+        The note tells the worker's other ranks the same; None: there are none.
         """
         if share.start > self._next_token:
             first, self._next_token = self._next_token, share.start
             self._outlet.push(0, self._num_layers, first, self._slots(first, share.start))
-            note.pushes.append(self._note(first, share.start, is_there=True))
+            self._tell(note, first, share.start, is_there=True)
         end = share.start + share.num_tokens
         if end <= self._next_token:
             return None
         first, self._next_token = self._next_token, end
-        note.pushes.append(self._note(first, end, is_there=False))
+        self._tell(note, first, end, is_there=False)
         return StepPush(self._outlet, first, self._slots(first, end))
 
     def must_pause(self, on_room: Callable[[], None]) -> bool:
@@ -63,9 +63,11 @@ class KVPush:
         """Send nothing more than what is announced."""
         self._outlet.abort(reason)
 
-    def _note(self, start: int, end: int, *, is_there: bool) -> PushNote.Push:
+    def _tell(self, note: PushNote | None, start: int, end: int, *, is_there: bool) -> None:
+        if note is None:
+            return
         size = self._block_size
-        return PushNote.Push(
+        note.pushes.add(
             ticket_id=self._ticket_id,
             first_token=start,
             num_tokens=end - start,

@@ -116,7 +116,7 @@ class PrefillWorker:
 
     def step_hook(self, plan: StepPlan) -> LayerHook | None:
         """Before a step: which layers' KV to send as they are written."""
-        pushes, note = [], PushNote()
+        pushes, note = [], PushNote() if self._engine.ranks is not None else None
         for share in plan.shares:
             sequence = share.sequence
             if sequence.prefill_only:
@@ -124,9 +124,9 @@ class PrefillWorker:
                 push = task.push.begin_step(share, note)
                 if push is not None:
                     pushes.append(push)
-        if not note.pushes:
+        note_bytes = note.SerializeToString() if note is not None else b""
+        if not pushes and not note_bytes:
             return None
-        note_bytes = note.SerializeToString() if self._engine.ranks is not None else b""
 
         def on_layer(layer: int, event: Any) -> None:
             for push in pushes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,7 +53,9 @@ def test_weights_work_space_and_kv_together_take_the_share(tiny_llama: Path) -> 
     sequences = [driver.add(random_prompt(n, VOCAB_SIZE), max_tokens=5) for n in (1, 300, 2000)]
     assert all(len(answer) == 5 for answer in driver.finish(sequences, chunk=2000))
     torch.cuda.synchronize()
-    assert torch.cuda.memory_reserved() <= 0.5 * total + TOLERANCE, "other processes may hold more of the card"
+    free, _ = torch.cuda.mem_get_info()
+    shared = "PYTEST_XDIST_WORKER" in os.environ  # then other processes hold some of the card, and not always as much
+    assert (torch.cuda.memory_reserved() if shared else total - free) <= 0.5 * total + TOLERANCE
     assert runner.kv_cache.data.nbytes >= 0.5 * total - 4 * GIB
 
 

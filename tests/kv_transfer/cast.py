@@ -88,11 +88,11 @@ class Child:
         self.send(verb, **arguments)
         return self.answer()
 
-    def wait_for(self, name: str, condition: Callable[[Any], bool], what: str) -> None:
-        """Wait until a node's stats fulfil a condition."""
+    def wait_for(self, name: str, condition: Callable[[Any], bool], what: str, verb: str = "stats") -> None:
+        """Wait until a node's stats, or what else it is asked, fulfil a condition."""
         deadline = time.monotonic() + BOUND_S
-        while not condition(stats := self.ask("stats", name=name)):
-            assert time.monotonic() < deadline, f"waited {BOUND_S:g} s until {what}: {stats}"
+        while not condition(found := self.ask(verb, name=name)):
+            assert time.monotonic() < deadline, f"waited {BOUND_S:g} s until {what}: {found}"
             threading.Event().wait(0.01)
 
     def strike(self, blow: signal.Signals) -> float:
@@ -139,6 +139,9 @@ class Node:
     def stats(self) -> Any:
         return self.child.ask("stats", name=self.name)
 
+    def pair_infos(self) -> Any:
+        return self.child.ask("pair_infos", name=self.name)
+
     def stop(self) -> None:
         self.child.ask("stop", name=self.name)
 
@@ -150,8 +153,9 @@ class Node:
         whom = f"{peer.name}/{peer.epoch}"
         self.child.wait_for(
             self.name,
-            lambda stats: any(info.peer == whom and info.state == "ready" for info in stats.pair_infos),
+            lambda infos: any(info.peer == whom and info.state == "ready" for info in infos),
             f"the pair with {whom} is ready",
+            "pair_infos",
         )
 
     def await_pairs(self, num_pairs: int) -> None:

@@ -25,7 +25,7 @@ import kv_transfer.receiver
 import kv_transfer.sender
 from engine.kv_cache import KVCache
 from kv_transfer.config import TransferConfig
-from kv_transfer.context import TransferStats
+from kv_transfer.context import PairInfo, TransferStats
 from kv_transfer.fan_out import Outlet
 from kv_transfer.layout import KVLayout
 from kv_transfer.ledger import TicketLedger
@@ -188,6 +188,9 @@ class Host:
 
     def meet(self, name: str, worker_id: str, epoch: int, address: str) -> None:
         self._nodes[name].meet(worker_id, epoch, [address], LAYOUT)
+
+    def pair_infos(self, name: str) -> list[PairInfo]:
+        return self._nodes[name].pair_infos()
 
     def stats(self, name: str) -> TransferStats:
         return self._nodes[name].stats()

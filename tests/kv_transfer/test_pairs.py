@@ -31,7 +31,7 @@ def deliver(sender: TransferNode, receiver: TransferNode) -> None:
 
 
 def states(node: TransferNode) -> dict[str, str]:
-    return {info.peer: info.state for info in node.stats().pair_infos}
+    return {info.peer: info.state for info in node.pair_infos()}
 
 
 def meet(sender: TransferNode, receiver: TransferNode, name: str) -> None:
@@ -47,9 +47,9 @@ def test_a_pair_is_ready_before_the_first_ticket(make_node: Make) -> None:
         meet(sender, receiver, "decode")
     wait_until(lambda: states(sender) == {"decode/1": "ready"}, "the pair is ready")
     wait_until(lambda: states(receiver) == {"prefill/1": "ready"}, "its other end too")
-    before = sender.stats().pair_infos
+    before = sender.pair_infos()
     deliver(sender, receiver)
-    assert sender.stats().pair_infos == before, "the ticket uses that pair"
+    assert sender.pair_infos() == before, "the ticket uses that pair"
 
 
 def test_every_rank_is_met(make_node: Make) -> None:
@@ -275,5 +275,5 @@ def test_workers_of_one_gpu_meet_over_gloo_if_they_may(
         return
     delivery.assert_delivered()
     assert torch.equal(source.kv[:, :, :8], target.kv[:, :, :8])
-    infos: list[PairInfo] = [*sender.stats().pair_infos, *receiver.stats().pair_infos]
+    infos: list[PairInfo] = [*sender.pair_infos(), *receiver.pair_infos()]
     assert [info.transport for info in infos] == [agreed] * 2

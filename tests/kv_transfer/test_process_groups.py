@@ -105,7 +105,7 @@ def test_two_workers_of_one_device_meet_over_gloo(on_gpu: bool) -> None:
             delivery = Delivery.open(sender, receiver, range(20, 36), NUM_TOKENS, SOURCE)
             delivery.send_all()
             delivery.assert_delivered()
-        assert {info.transport for info in here.stats().pair_infos} == {"gloo"}
+        assert {info.transport for info in here.pair_infos()} == {"gloo"}
 
 
 def growth_of(counts: list[list[dict[str, int]]], side: int, key: str) -> int:

@@ -207,8 +207,9 @@ def test_a_peer_that_dies_or_stops(cast: Cast, blow: signal.Signals, role: str, 
     assert next_s < NEXT_WITHIN_S
     survivor.child.wait_for(
         "survivor",
-        lambda stats: not any(info.peer == f"victim/{victim.epoch}" for info in stats.pair_infos),
+        lambda infos: not any(info.peer == f"victim/{victim.epoch}" for info in infos),
         "the lost pair is gone",
+        "pair_infos",
     )
     pair_gone_s = time.monotonic() - struck_at
 

@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 
+from kv_transfer import receiver as receiver_module
 from kv_transfer.digest import Digester
+from kv_transfer.errors import PeerLostError
 from kv_transfer.gloo import GlooTransport
 from kv_transfer.jobs import SendJob
 from kv_transfer.loopback import LoopbackTransport
 from kv_transfer.self_test import SMALL_BYTES, Measured, SelfTest
 from kv_transfer.ticket import ReceivedKV, TicketState
-from protos.transfer_pb2 import ControlMessage, Probe
+from protos.transfer_pb2 import ControlMessage, PieceAnnounced, Probe
 from tests.kv_transfer.conftest import (
     BOUND_S,
     LAYOUT,
@@ -335,3 +337,18 @@ def test_a_piece_before_the_end_of_the_self_test_ends_the_pair(two: Two, monkeyp
     again = offer(two.receiver, 24, [7, 8, 9])
     send_all(two.sender, again, [3, 1, 2])
     again.assert_delivered()
+
+
+def test_a_sender_that_announces_without_end_is_cut_off(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receiver_module, "MAX_WAITING", 3)
+    delivery, _ = begin(two)
+    wait_until(lambda: two.receiver.stats().received_pieces == 1, "the first layer came")
+    (pair,) = two.sender._alive
+    for number in range(2, 20):
+        whole = PieceAnnounced(sequence_number=number, ticket_id=delivery.ticket.ticket_id, num_bytes=4 << 20)
+        try:
+            pair._say(ControlMessage(piece=whole))
+        except PeerLostError:
+            break  # it has hung up
+    _, reason = delivery.at_receiver()  # type: ignore[misc]
+    assert "announced 3 pieces more than it may have in flight" in reason

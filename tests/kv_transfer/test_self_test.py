@@ -141,7 +141,7 @@ def test_both_ends_show_what_was_measured(make_node: Make) -> None:
     delivery = offer(receiver, 8, [0])
     send_all(sender, delivery, [0])
     delivery.assert_delivered()
-    (there,), (here,) = sender.stats().pair_infos, receiver.stats().pair_infos
+    (there,), (here,) = sender.pair_infos(), receiver.pair_infos()
     assert (there.peer, there.direction, there.state, there.transport) == ("decode/1", "to", "ready", "loopback")
     assert (here.peer, here.direction, here.state, here.transport) == ("prefill/1", "from", "ready", "loopback")
     assert 0 < there.latency_s == here.latency_s < 1

@@ -283,8 +283,8 @@ def test_workers_meet_ahead_of_any_ticket_and_a_slow_pair_is_named(
     receiver = make_node("d", Memory(LAYOUT))
     for _ in range(2):
         sender.meet("d", 1, receiver.addresses, LAYOUT)
-    wait_until(lambda: [info.state for info in sender.stats().pair_infos] == ["ready"], "the pair is ready")
-    (info,) = sender.stats().pair_infos
+    wait_until(lambda: [info.state for info in sender.pair_infos()] == ["ready"], "the pair is ready")
+    (info,) = sender.pair_infos()
     assert (info.peer, info.direction, info.is_slow) == ("d/1", "to", is_slow)
     assert info.to_proto().is_slow is is_slow
     assert sender.stats().slow_pairs == int(is_slow)
