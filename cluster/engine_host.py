@@ -26,6 +26,7 @@ from kv_transfer.config import TransferConfig
 from kv_transfer.group import TransferGroup
 from kv_transfer.layout import KVLayout
 from kv_transfer.node import TransferNode
+from kv_transfer.ticket import KVTicket
 from prefill_pool.worker import PrefillAborted, PrefillWorker
 from protos import worker_pb2 as pb
 
@@ -148,14 +149,15 @@ class HostSession:
 
     def stats(self) -> pb.WorkerStats:
         """Counters and gauges of the engine and of this epoch's transfers; any thread may ask."""
-        stats, node, decode = engine_stats(self._engine), self._node, self._decode
-        if node is not None and decode is not None:
+        stats, node, prefill, decode = engine_stats(self._engine), self._node, self._prefill, self._decode
+        if node is not None and prefill is not None and decode is not None:
             transfer = node.stats()
             stats.open_tickets = transfer.open_tickets
             stats.sent_bytes = transfer.sent_bytes
             stats.received_bytes = transfer.received_bytes
             stats.digest_mismatches = transfer.digest_mismatches
             stats.num_reserved = decode.num_reserved
+            stats.num_waiting += prefill.num_waiting
             stats.open_sends = transfer.open_sends
             stats.num_pairs = transfer.pairs
             stats.lost_peers = transfer.lost_peers
@@ -213,6 +215,7 @@ class HostSession:
             config=host.transfer,
             secret=host.secret,
         )
+        node.on_granted = lambda ticket: self._engine.loop.post(lambda: self._granted(ticket))
         if ranks is None:
             node.start()
             return node
@@ -220,6 +223,10 @@ class HostSession:
         ranks.on_report = group.hear
         group.start()
         return group
+
+    def _granted(self, ticket: KVTicket) -> None:
+        if self._prefill is not None:
+            self._prefill.granted(ticket)
 
     def _meet(self, meet: pb.MeetRequest) -> pb.EngineReply:
         """Begin the pairs to another worker; the node does not wait for them."""
@@ -282,6 +289,8 @@ class HostSession:
             self._answer(call_id, lambda: pb.EngineReply(reserve=decode.reserve(command.reserve)))
         elif kind == "prefill":
             self._start_prefill(prefill, command)
+        elif kind == "ticket":
+            prefill.take_ticket(KVTicket.from_proto(command.ticket))
         elif kind in ("abort_decode", "abort_prefill"):
             worker, abort = (
                 (decode, command.abort_decode) if kind == "abort_decode" else (prefill, command.abort_prefill)

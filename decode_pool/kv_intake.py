@@ -55,8 +55,8 @@ class KVIntake:
         self._reservations: dict[Key, Reservation] = {}
         self._numbers = itertools.count(1)
 
-    def reserve(self, sequence: Sequence, worker_name: str) -> KVTicket:
-        """Grant a ticket for the KV of a sequence that already holds its blocks."""
+    def reserve(self, sequence: Sequence, worker_name: str, sender: pb.WorkerIdentity | None = None) -> KVTicket:
+        """Grant a ticket for the KV of a sequence that already holds its blocks; the sender, if known, hears of it."""
         request = sequence.request
         key = (request.request_id, request.attempt)
         post = self._engine.loop.post
@@ -77,6 +77,8 @@ class KVIntake:
             )
         )
         self._reservations[key] = Reservation(sequence, ticket)
+        if sender is not None:
+            self._node.tell_granted(sender.worker_id, sender.epoch, ticket)
         return ticket
 
     def abort(self, key: Key, reason: str) -> bool:

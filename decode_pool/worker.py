@@ -73,7 +73,8 @@ class DecodeWorker:
             self._running[key] = _Running(sequence)
             self._engine.scheduler.add(sequence)
             return pb.ReserveReply(cached_tokens=sequence.num_cached_tokens)
-        ticket = self._intake.reserve(sequence, self._name)
+        sender = message.prefill if message.HasField("prefill") else None
+        ticket = self._intake.reserve(sequence, self._name, sender)
         return pb.ReserveReply(ticket=ticket.to_proto(), cached_tokens=sequence.num_cached_tokens)
 
     def abort(self, request_id: str, attempt: int, reason: str) -> bool:

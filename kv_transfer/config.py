@@ -42,7 +42,7 @@ class TransferConfig:
     """A ticket that nobody renewed for this long expires."""
     heartbeat_s: float = 0.5
     """Time between two pings on a pair's control connection."""
-    peer_timeout_s: float = 2.0
+    peer_timeout_s: float = 1.9
     """A peer that was silent, or held a piece up, for this long is lost."""
     settle_timeout_s: float = 2.0
     """How long a sender waits for the receiver's verdict once its last piece has left."""

@@ -55,8 +55,14 @@ class Transfers(Protocol):
     def abort(self, ticket_id: str, reason: str) -> bool:
         """End a granted ticket."""
 
+    def tell_granted(self, worker_id: str, epoch: int, ticket: KVTicket) -> None:
+        """Bring a ticket to the worker that is to send under it."""
+
     def renew(self, owner: str) -> None:
         """Let an owner's leases run anew."""
+
+    def call_later(self, delay_s: float, call: Callable[[], None]) -> None:
+        """Have a transfer thread make a call."""
 
 
 @dataclass(slots=True)
@@ -188,6 +194,10 @@ class TransferGroup:
         )
         return replace(ticket, control_addresses=self.addresses)
 
+    def tell_granted(self, worker_id: str, epoch: int, ticket: KVTicket) -> None:
+        """Bring a ticket to the worker that is to send under it; its rank 0 and this one have a pair."""
+        self._node.tell_granted(worker_id, epoch, ticket)
+
     @property
     def addresses(self) -> tuple[str, ...]:
         """host:port of each rank's control listener."""
@@ -196,6 +206,10 @@ class TransferGroup:
     def renew(self, owner: str) -> None:
         """Let an owner's leases run anew; the other ranks' tickets have none of their own."""
         self._node.renew(owner)
+
+    def call_later(self, delay_s: float, call: Callable[[], None]) -> None:
+        """Have a transfer thread make a call, unless the group stops before."""
+        self._node.call_later(delay_s, call)
 
     def abort(self, ticket_id: str, reason: str) -> bool:
         """End a granted ticket on every rank; False if it was not open."""

@@ -51,6 +51,11 @@ class SlotWrite:
         return self.grant.after
 
     @property
+    def is_free(self) -> bool:
+        """Whether that event has come."""
+        return self.after is None or bool(self.after.query())
+
+    @property
     def slot_ids(self) -> np.ndarray:
         """int64 [num_tokens]."""
         places = self.first_token - self.grant.first_token + np.arange(self.num_tokens)

@@ -4,8 +4,9 @@ Sends and receives run on a stream of the group's own, so that no pair waits beh
 makes the caller's lane wait, not the caller. Nothing of torch's own supervision is used, for it ends the
 process when a peer dies: a pair's control thread bounds every wait and calls `abort`. NCCL's `destroy`
 blocks for ever when the peer is gone, so a group always ends by abort, on a thread of its own. Making a group cannot
-be aborted, so that has a thread of its own too, which is left behind where a peer is stopped in the middle of it, and
-ends with the peer. (NCCL's non-blocking mode could be aborted, but costs 0.2 to 0.3 ms a send.)
+be aborted, and waits for ever for a peer that never comes: it begins when both ends have said that they are there, and
+has a thread of its own too, which is left behind where a peer is stopped in the middle of it. (NCCL's non-blocking
+mode could be aborted, but costs 0.2 to 0.3 ms a send.)
 """
 
 from __future__ import annotations
@@ -97,6 +98,8 @@ class NcclTransport:
         settings.config.max_ctas = options.max_ctas
         try:
             torch.cuda.set_device(options.device)
+            self._store.set(f"here {options.side}", b"")
+            self._store.wait([f"here {self._peer}"])
             group = ProcessGroupNCCL(self._store, options.side, 2, settings)
             group.eager_connect_single_device(options.device)
         except Exception as error:  # torch's own, or the store's: what its callbacks raise may come through as it is

@@ -73,6 +73,8 @@ class TransferNode:
             counters=Counters(),
         )
         self.identity = identity
+        self.on_granted: Callable[[KVTicket], None] = lambda ticket: None
+        """Gets the tickets that receivers bring by themselves, on a transfer thread; must not block."""
         self._peers = PeerTable(self._context)
         self._lock = threading.Lock()
         self._outgoing: dict[PairKey, SenderPair] = {}
@@ -179,7 +181,13 @@ class TransferNode:
     def _new_pair(self, receiver: Receiver, job: SendJob | None = None) -> None:
         """Make a pair, with its first job if there is one; the lock is held."""
         self._make_room()
-        pair = SenderPair(self._context, receiver, next(self._attempts), on_closed=self._forget)
+        pair = SenderPair(
+            self._context,
+            receiver,
+            next(self._attempts),
+            on_closed=self._forget,
+            on_granted=lambda ticket: self.on_granted(ticket),
+        )
         self._outgoing[_key(receiver)] = pair
         self._alive.add(pair)
         if job is not None:
@@ -220,6 +228,10 @@ class TransferNode:
             layout=context.layout,
             expires_in_s=context.config.ticket_lease_s,
         )
+
+    def tell_granted(self, worker_id: str, epoch: int, ticket: KVTicket) -> None:
+        """Bring a ticket to the worker that is to send under it, if it has a pair to this node."""
+        self._peers.tell_granted(worker_id, epoch, ticket)
 
     def renew(self, owner: str) -> None:
         """Let the leases of all tickets of an owner (a router) run anew."""

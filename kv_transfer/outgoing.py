@@ -123,7 +123,7 @@ class Outgoing:
         with self._watch.waiting(f"{self._receiver} to take a piece", bound_s):
             for item in leaving:
                 item.transfer.wait()
-            self._equipment.lane.mark().wait()
+            self._equipment.lane.mark(is_near=True).wait()
         for item in leaving:
             self._equipment.staging.release(item.buffer)
 
@@ -141,7 +141,7 @@ class Outgoing:
         equipment.lane.follow(piece.ready)
         self._context.memory.gather(piece.first_layer, piece.num_layers, places, self._heads, out)
         digest = equipment.digester.begin(data) if equipment.digester.wanted() else None
-        done = equipment.lane.mark()
+        done = equipment.lane.mark(is_near=piece.is_written)
         with self._watch.waiting(f"the engine to write layer {piece.first_layer} of a piece", COMPUTE_BOUND_S):
             done.wait()
         return PieceAnnounced(

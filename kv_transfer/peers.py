@@ -17,6 +17,7 @@ from kv_transfer.control import ControlConnection
 from kv_transfer.errors import PairRefusedError, TransferError
 from kv_transfer.handshake import Agreed, refuse
 from kv_transfer.receiver import ReceiverPair
+from kv_transfer.ticket import KVTicket
 
 MAX_STRANGERS = 32
 ACCEPT_BACKOFF_S = 0.1
@@ -51,6 +52,13 @@ class PeerTable:
         """Incoming pairs that are made or being made."""
         with self._lock:
             return [pair.info for pair in self._pairs.values()]
+
+    def tell_granted(self, worker_id: str, epoch: int, ticket: KVTicket) -> None:
+        """Bring rank 0 of a sender a ticket, if there is a pair with it."""
+        with self._lock:
+            pair = self._pairs.get((worker_id, 0))
+        if pair is not None and pair.sender.epoch == epoch:
+            pair.tell_granted(ticket)
 
     def start(self) -> str:
         """Listen on a free port of the configured interface; returns host:port, TransferError if it cannot."""

@@ -2,7 +2,8 @@
 
 States: CONNECTING (data channel, self-test) -> READY -> CLOSED, as at the sender. Two threads: the control thread
 reads announcements and heartbeats, posts a receive for each piece at once (while it waits, the sender's kernel
-spins), and never waits for data; the data thread asks the ledger, scatters, checks digests, and says the verdicts.
+spins), and never waits for data; the data thread asks the ledger, scatters, checks digests, and tells the sender of
+tickets granted and ended.
 A piece that finds no staging is posted by the data thread as soon as some is free. A piece whose ticket has
 ended is received and dropped. Losing the peer aborts the tickets that something was announced for over this pair.
 """
@@ -28,7 +29,7 @@ from kv_transfer.ledger import SlotWrite
 from kv_transfer.rendezvous import PairStore
 from kv_transfer.self_test import Measured
 from kv_transfer.staging import as_piece
-from kv_transfer.ticket import TicketState
+from kv_transfer.ticket import KVTicket, TicketState
 from kv_transfer.transport import Side, Transfer, Transport, open_transport
 from kv_transfer.watch import Watch
 from protos.transfer_pb2 import (
@@ -54,7 +55,6 @@ class _Incoming:
     """A piece whose receive is posted."""
 
     piece: PieceAnnounced
-    heard_at: float
     buffer: torch.Tensor
     transfer: Transfer
 
@@ -83,7 +83,8 @@ class ReceiverPair:
         """Heard, and not posted yet."""
         self._posted: deque[tuple[_Incoming | TicketComplete | Probe, float]] = deque()
         """Next for the data thread, in the order heard."""
-        self._verdicts: deque[TicketSettled] = deque()
+        self._words: deque[ControlMessage] = deque()
+        """What the sender is to be told."""
         self._begun: set[str] = set()
         """Tickets that something was announced for, and that have not ended."""
         self._equipment = context.equip(Side.RECEIVER, agreed.transport)
@@ -154,9 +155,16 @@ class ReceiverPair:
 
     def tell_settled(self, ticket_id: str, state: TicketState, reason: str) -> None:
         """Have the data thread tell the sender a verdict."""
+        settled = TicketSettled(ticket_id=ticket_id, state=state.value, reason=reason)
         with self._changed:
             self._begun.discard(ticket_id)
-            self._verdicts.append(TicketSettled(ticket_id=ticket_id, state=state.value, reason=reason))
+            self._words.append(ControlMessage(settled=settled))
+            self._changed.notify()
+
+    def tell_granted(self, ticket: KVTicket) -> None:
+        """Have the data thread bring the sender a ticket."""
+        with self._changed:
+            self._words.append(ControlMessage(granted=ticket.to_proto()))
             self._changed.notify()
 
     # -- the control thread
@@ -214,17 +222,17 @@ class ReceiverPair:
             self._staging.close()
 
     def _step(self) -> None:
-        """Say verdicts, then finish the oldest thing heard; or wait for news."""
+        """Tell the sender what there is to tell, then finish the oldest thing heard; or wait for news."""
         with self._changed:
-            while not (self._posted or self._verdicts or self._closed):
+            while not (self._posted or self._words or self._closed):
                 self._changed.wait()
-            verdicts = list(self._verdicts)
-            self._verdicts.clear()
+            words = list(self._words)
+            self._words.clear()
             item, heard_at = self._posted.popleft() if self._posted else (None, 0.0)
-        for verdict in verdicts:
-            self._control.send(ControlMessage(settled=verdict))
+        for word in words:
+            self._control.send(word)
         if isinstance(item, _Incoming):
-            self._land(item)
+            self._land(item, heard_at)
         elif isinstance(item, TicketComplete):
             first = item.first if item.HasField("first") else None
             self._context.ledger.complete(self, item.ticket_id, first, heard_at - item.first_age_s)
@@ -242,7 +250,7 @@ class ReceiverPair:
         with self._watch.waiting(f"a probe of {self.sender}", bound_s):
             self._transport.recv(buffer[: probe.num_bytes]).wait()
             self._equipment.digester.begin(buffer)  # compiled now, and not when a piece waits for it
-            lane.mark().wait()
+            lane.mark(is_near=True).wait()
         self._control.send(ControlMessage(probe_seen=ProbeSeen()))
         self._give_back(buffer)
 
@@ -251,6 +259,66 @@ class ReceiverPair:
         with self._posting:
             self._staging.release(buffer)
         self._post()
+
+    def _land(self, incoming: _Incoming, heard_at: float) -> None:
+        """Write a piece where its ticket says and check it; the ticket learns of it once the copy is done."""
+        piece, counters, lane = incoming.piece, self._context.counters, self._equipment.lane
+        data = incoming.buffer[: piece.num_bytes]
+        what, bound_s = f"piece {piece.sequence_number} of {self.sender}", self._context.config.peer_timeout_s
+        slots = failure = None
+        try:
+            with self._watch.waiting(what, bound_s):
+                incoming.transfer.wait()
+                digest = self._equipment.digester.begin(data) if piece.has_digest else None
+                if self._equipment.digester.is_prompt:
+                    self._check(piece, digest)
+            # Not watched: it may wait for a grant, which is not the peer's doing.
+            slots = self._context.ledger.begin_write(self, piece)
+            with self._watch.waiting(what, bound_s):
+                if slots is not None:
+                    failure = self._scatter(piece, slots, data)
+                lane.mark(is_near=slots is None or slots.is_free).wait()
+            counters.add(received_bytes=piece.num_bytes, received_pieces=1)
+            if not self._equipment.digester.is_prompt:
+                self._check(piece, digest)
+        except Exception:
+            failure = "the pair was lost in the middle of a piece"
+            raise
+        finally:
+            self._landed(incoming.piece, heard_at, wrote=slots is not None, failure=failure)
+        self._give_back(incoming.buffer)
+
+    def _check(self, piece: PieceAnnounced, digest: Value | None) -> None:
+        """End the ticket of a piece that is not what was announced."""
+        if digest is not None and digest() != piece.digest:
+            self._context.counters.add(digest_mismatches=1)
+            self._context.ledger.end(piece.ticket_id, TicketState.ABORTED, "digest mismatch")
+
+    def _landed(self, piece: PieceAnnounced, heard_at: float, *, wrote: bool, failure: str | None) -> None:
+        if not wrote:
+            self._context.counters.add(dropped_pieces=1)
+            return
+        now = time.monotonic()
+        busy_s = now - max(heard_at, self._busy_until)
+        self._busy_until = now
+        self._context.ledger.end_write(piece, len(self.heads), busy_s, failure)
+
+    def _scatter(self, piece: PieceAnnounced, slots: SlotWrite, data: torch.Tensor) -> str | None:
+        """Write a piece; what went wrong, if something did."""
+        view = as_piece(data, self._context.layout, piece.num_layers, piece.num_tokens, len(self.heads))
+        try:
+            self._equipment.lane.follow(slots.after)
+            self._context.memory.scatter(piece.first_layer, piece.num_layers, self._locate(slots), self.heads, view)
+        except Exception as error:
+            _log.exception("writing KV of ticket %s failed", piece.ticket_id)
+            return f"writing KV failed: {error!r}"
+        return None
+
+    def _locate(self, slots: SlotWrite) -> Any:
+        """The places of a piece; pieces of several layers of the same tokens share them."""
+        if self._located is None or self._located[0] != slots.key:
+            self._located = (slots.key, self._context.memory.locate(slots.slot_ids))
+        return self._located[1]
 
     # -- either thread
 
@@ -279,69 +347,7 @@ class ReceiverPair:
         if buffer is None:
             return None
         self._next_number += 1
-        return _Incoming(piece, self._inbox[0][1], buffer, self._transport.recv(buffer[: piece.num_bytes]))
-
-    # -- the data thread
-
-    def _land(self, incoming: _Incoming) -> None:
-        """Write a piece where its ticket says and check it; the ticket learns of it once the copy is done."""
-        piece, counters, lane = incoming.piece, self._context.counters, self._equipment.lane
-        data = incoming.buffer[: piece.num_bytes]
-        what, bound_s = f"piece {piece.sequence_number} of {self.sender}", self._context.config.peer_timeout_s
-        slots = failure = None
-        try:
-            with self._watch.waiting(what, bound_s):
-                incoming.transfer.wait()
-                digest = self._equipment.digester.begin(data) if piece.has_digest else None
-                if self._equipment.digester.is_prompt:
-                    self._check(piece, digest)
-            # Not watched: it may wait for a grant, which is not the peer's doing.
-            slots = self._context.ledger.begin_write(self, piece)
-            with self._watch.waiting(what, bound_s):
-                if slots is not None:
-                    failure = self._scatter(piece, slots, data)
-                lane.mark().wait()
-            counters.add(received_bytes=piece.num_bytes, received_pieces=1)
-            if not self._equipment.digester.is_prompt:
-                self._check(piece, digest)
-        except Exception:
-            failure = "the pair was lost in the middle of a piece"
-            raise
-        finally:
-            self._landed(incoming, wrote=slots is not None, failure=failure)
-        self._give_back(incoming.buffer)
-
-    def _check(self, piece: PieceAnnounced, digest: Value | None) -> None:
-        """End the ticket of a piece that is not what was announced."""
-        if digest is not None and digest() != piece.digest:
-            self._context.counters.add(digest_mismatches=1)
-            self._context.ledger.end(piece.ticket_id, TicketState.ABORTED, "digest mismatch")
-
-    def _landed(self, incoming: _Incoming, *, wrote: bool, failure: str | None) -> None:
-        if not wrote:
-            self._context.counters.add(dropped_pieces=1)
-            return
-        now = time.monotonic()
-        busy_s = now - max(incoming.heard_at, self._busy_until)
-        self._busy_until = now
-        self._context.ledger.end_write(incoming.piece, len(self.heads), busy_s, failure)
-
-    def _scatter(self, piece: PieceAnnounced, slots: SlotWrite, data: torch.Tensor) -> str | None:
-        """Write a piece; what went wrong, if something did."""
-        view = as_piece(data, self._context.layout, piece.num_layers, piece.num_tokens, len(self.heads))
-        try:
-            self._equipment.lane.follow(slots.after)
-            self._context.memory.scatter(piece.first_layer, piece.num_layers, self._locate(slots), self.heads, view)
-        except Exception as error:
-            _log.exception("writing KV of ticket %s failed", piece.ticket_id)
-            return f"writing KV failed: {error!r}"
-        return None
-
-    def _locate(self, slots: SlotWrite) -> Any:
-        """The places of a piece; pieces of several layers of the same tokens share them."""
-        if self._located is None or self._located[0] != slots.key:
-            self._located = (slots.key, self._context.memory.locate(slots.slot_ids))
-        return self._located[1]
+        return _Incoming(piece, buffer, self._transport.recv(buffer[: piece.num_bytes]))
 
     def _publish(self, key: str, value: bytes) -> None:
         self._control.send(ControlMessage(store_set=StoreSet(key=key, value=value)))

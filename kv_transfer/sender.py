@@ -30,9 +30,10 @@ from kv_transfer.layout import HeadSlice, KVLayout
 from kv_transfer.outgoing import Outgoing
 from kv_transfer.rendezvous import PairStore
 from kv_transfer.self_test import Measured, SelfTest, judge
-from kv_transfer.ticket import TicketState
+from kv_transfer.ticket import KVTicket, TicketState
 from kv_transfer.transport import Side, Transport, open_transport
 from kv_transfer.watch import Watch
+from protos import worker_pb2 as pb
 from protos.transfer_pb2 import ControlMessage, StoreSet, TicketAbandoned
 
 _log = logging.getLogger(__name__)
@@ -73,13 +74,16 @@ class SenderPair:
         receiver: Receiver,
         attempt: int,
         on_closed: Callable[[SenderPair], None],
+        on_granted: Callable[[KVTicket], None],
     ) -> None:
+        """`on_granted` gets tickets that the receiver brings by itself, on the control thread; it must not block."""
         self.receiver = receiver
         self.heads = receiver.heads_from(context.layout)
         self.idle_since = time.monotonic()
         self._context = context
         self._attempt = attempt
         self._on_closed = on_closed
+        self._on_granted = on_granted
         self._changed = threading.Condition()
         self._state = PairState.CONNECTING
         self._jobs: dict[str, SendJob] = {}
@@ -330,12 +334,24 @@ class SenderPair:
                 job = self._jobs.get(message.settled.ticket_id)
             if job is not None:
                 self._settle(job, _verdict(message.settled.state), message.settled.reason)
+        elif kind == "granted":
+            self._on_granted(self._own_ticket(message.granted))
         elif kind == "store_set":
             self._store.put(message.store_set.key, message.store_set.value)
         elif kind == "probe_seen":
             self._test.seen()
         else:
             raise ProtocolError(f"{self.receiver} sent {kind or 'nothing known'}, which a receiver does not say")
+
+    def _own_ticket(self, message: pb.KVTicket) -> KVTicket:
+        """A ticket that the receiver has brought; it speaks for nobody else."""
+        try:
+            ticket = KVTicket.from_proto(message)
+        except ValueError as error:
+            raise ProtocolError(f"{self.receiver} brought a ticket that is none: {error}") from None
+        if Identity(ticket.worker_id, ticket.epoch) != self.receiver.identity:
+            raise ProtocolError(f"{self.receiver} brought a ticket of {ticket.worker_id}/{ticket.epoch}")
+        return ticket
 
     # -- any thread
 

@@ -55,9 +55,13 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
     async def OpenPrefill(
         self, request_iterator: AsyncIterator[pb.PrefillRequest], context: Context
     ) -> AsyncIterator[pb.PrefillReply]:
-        """Prefill for the one request that is still to come."""
+        """Prefill for the one request that is still to come; its ticket may follow."""
         async for request in request_iterator:
-            yield await self.Prefill(request, context)
+            following = asyncio.create_task(self._hear_ticket(request_iterator), name="prefill-ticket")
+            try:
+                yield await self.Prefill(request, context)
+            finally:
+                following.cancel()
             return
 
     async def Meet(self, request: pb.MeetRequest, context: Context) -> pb.MeetReply:
@@ -81,6 +85,11 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         except EngineGoneError:
             return pb.AbortReply(found=False)
         return reply.abort
+
+    async def _hear_ticket(self, following: AsyncIterator[pb.PrefillRequest]) -> None:
+        """Pass on the ticket that comes behind its request."""
+        async for message in following:
+            self._link.send(pb.EngineCommand(ticket=message.ticket))
 
     def _abort(self, request: pb.EngineRequest, reason: str) -> None:
         abort = pb.AbortRequest(request_id=request.request_id, attempt=request.attempt, reason=reason)

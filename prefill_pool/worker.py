@@ -1,8 +1,11 @@
 """The prefill craft inside an engine process.
 
-    QUEUED --first step--> COMPUTING --first token--> SENDING --ticket settled--> (gone)
-       '--------abort---------'---------abort-----------'----> ENDING --ticket settled--> (gone)
+    WAITING --ticket--> COMPUTING --first token--> SENDING --ticket settled--> (gone)
+       |                    '---------abort-----------'----> ENDING --ticket settled--> (gone)
+       '--abort, or no ticket in time--> (gone)
 
+A prompt may come before its ticket, and the ticket before its prompt: the decode worker sends it over the pair, and the
+router behind the prompt; the first to come counts. Nothing is computed, and no block held, without one.
 A transfer that fails is the prefill's answer; once the first token has been the answer, the failure goes
 to the router's stream as an output. A task holds its sequence's blocks until its send job has settled,
 whatever ended it, because the transfer reads from them until then. The engine loop's thread calls
@@ -14,6 +17,7 @@ from __future__ import annotations
 import enum
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +36,10 @@ from protos.transfer_pb2 import PushNote
 
 log = logging.getLogger(__name__)
 
+TICKET_WAIT_S = 30.0
+"""Longest wait of a prompt for its ticket; a router gives up on a decode worker long before."""
+MAX_GRANTED = 1024
+"""Most tickets kept whose prompt has not come; one that is dropped comes again from the router."""
 Answer = Callable[[pb.PrefillReply | Exception], None]
 Emit = Callable[[str, pb.TokenOutput], None]
 """emit(router_id, output): says something to a router beside the answers."""
@@ -60,6 +68,14 @@ class PrefillTask:
     state: TaskState = TaskState.COMPUTING
 
 
+@dataclass(slots=True)
+class _Waiting:
+    """A prompt whose ticket has not come."""
+
+    sequence: Sequence
+    answer: Answer
+
+
 class PrefillWorker:
     """Computes prompts for other workers."""
 
@@ -68,22 +84,56 @@ class PrefillWorker:
         self._node = node
         self._emit = emit
         self._tasks: dict[Key, PrefillTask] = {}
+        self._waiting: dict[Key, _Waiting] = {}
+        self._granted: OrderedDict[Key, KVTicket] = OrderedDict()
+        """Tickets whose prompt has not come."""
 
     def prefill(self, message: pb.PrefillRequest, answer: Answer) -> None:
         """Queue a prompt; `answer` gets the reply with its first token, or the error that ended it."""
         request = wire.request_from_wire(message.request)
         self._engine.validate(request)
         key = (request.request_id, request.attempt)
-        if key in self._tasks:
+        if key in self._tasks or key in self._waiting:
             raise CapacityError(f"attempt {request.attempt} of request {request.request_id} is already running here")
-        ticket = KVTicket.from_proto(message.ticket)
         sequence = Sequence.from_request(request, time.monotonic())
+        sequence.owner = message.router_id
+        sequence.prefill_only = True
+        granted = self._granted.pop(key, None)
+        if message.HasField("ticket"):
+            granted = KVTicket.from_proto(message.ticket)
+        if granted is not None:
+            self._start(sequence, granted, answer)
+            return
+        self._waiting[key] = waiting = _Waiting(sequence, answer)
+        self._node.call_later(TICKET_WAIT_S, lambda: self._engine.loop.post(lambda: self._give_up(key, waiting)))
+
+    def take_ticket(self, ticket: KVTicket) -> bool:
+        """A ticket has come behind its prompt; whether that still waited for it."""
+        waiting = self._waiting.pop((ticket.request_id, ticket.attempt), None)
+        if waiting is None:
+            return False
+        try:
+            self._start(waiting.sequence, ticket, waiting.answer)
+        except Exception as error:
+            waiting.answer(error)
+        return True
+
+    def granted(self, ticket: KVTicket) -> None:
+        """The decode worker has brought a ticket, which may be before its prompt."""
+        key = (ticket.request_id, ticket.attempt)
+        if self.take_ticket(ticket) or key in self._tasks:
+            return
+        self._granted[key] = ticket
+        while len(self._granted) > MAX_GRANTED:
+            self._granted.popitem(last=False)
+
+    def _start(self, sequence: Sequence, ticket: KVTicket, answer: Answer) -> None:
+        """Let a prompt be computed under its ticket."""
+        key = (sequence.request.request_id, sequence.request.attempt)
         if ticket.num_tokens != sequence.num_tokens:
             raise InvalidRequestError(
                 f"the ticket is for {ticket.num_tokens} tokens, the request has {sequence.num_tokens}", field="ticket"
             )
-        sequence.owner = message.router_id
-        sequence.prefill_only = True
         outlet = self._node.open_send(ticket, lambda result: self._engine.loop.post(lambda: self._settled(key, result)))
         engine = self._engine
         push = KVPush(
@@ -98,21 +148,15 @@ class PrefillWorker:
 
     def abort(self, request_id: str, attempt: int, reason: str) -> bool:
         """End all attempts of a request up to this one; False if there is none."""
-        keys = [key for key in self._tasks if key[0] == request_id and key[1] <= attempt]
-        for key in keys:
-            self._end(self._tasks[key], reason)
-        return bool(keys)
+        return self._end_all(lambda key, _: key[0] == request_id and key[1] <= attempt, reason)
 
     def router_gone(self, router_id: str) -> None:
         """End everything this router asked for."""
-        for task in list(self._tasks.values()):
-            if task.sequence.owner == router_id:
-                self._end(task, f"router {router_id} is gone")
+        self._end_all(lambda _, sequence: sequence.owner == router_id, f"router {router_id} is gone")
 
     def close(self) -> None:
         """End everything."""
-        for task in list(self._tasks.values()):
-            self._end(task, "the worker's epoch is over")
+        self._end_all(lambda *_: True, "the worker's epoch is over")
 
     def step_hook(self, plan: StepPlan) -> LayerHook | None:
         """Before a step: which layers' KV to send as they are written."""
@@ -163,7 +207,27 @@ class PrefillWorker:
 
     def num_open(self) -> int:
         """Prefills not yet settled."""
-        return len(self._tasks)
+        return len(self._tasks) + len(self._waiting)
+
+    @property
+    def num_waiting(self) -> int:
+        """Prompts whose ticket has not come; any thread may ask."""
+        return len(self._waiting)
+
+    def _give_up(self, key: Key, waiting: _Waiting) -> None:
+        if self._waiting.get(key) is waiting:
+            del self._waiting[key]
+            waiting.answer(EngineError(f"no ticket came within {TICKET_WAIT_S:g} s"))
+
+    def _end_all(self, is_meant: Callable[[Key, Sequence], bool], reason: str) -> bool:
+        """End prompts in any state; whether there was one."""
+        waiting = [key for key, each in self._waiting.items() if is_meant(key, each.sequence)]
+        for key in waiting:
+            self._waiting.pop(key).answer(PrefillAborted(reason or "aborted"))
+        tasks = [task for key, task in self._tasks.items() if is_meant(key, task.sequence)]
+        for task in tasks:
+            self._end(task, reason)
+        return bool(waiting or tasks)
 
     def _end(self, task: PrefillTask, reason: str) -> None:
         if task.state is TaskState.COMPUTING:

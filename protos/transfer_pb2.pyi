@@ -148,7 +148,7 @@ class Pong(_message.Message):
     def __init__(self, count: _Optional[int] = ...) -> None: ...
 
 class ControlMessage(_message.Message):
-    __slots__ = ("hello", "challenge", "proof", "ready", "refused", "store_set", "piece", "complete", "settled", "abandoned", "ping", "pong", "probe", "probe_seen", "measured")
+    __slots__ = ("hello", "challenge", "proof", "ready", "refused", "store_set", "piece", "complete", "settled", "abandoned", "ping", "pong", "probe", "probe_seen", "measured", "granted")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     CHALLENGE_FIELD_NUMBER: _ClassVar[int]
     PROOF_FIELD_NUMBER: _ClassVar[int]
@@ -164,6 +164,7 @@ class ControlMessage(_message.Message):
     PROBE_FIELD_NUMBER: _ClassVar[int]
     PROBE_SEEN_FIELD_NUMBER: _ClassVar[int]
     MEASURED_FIELD_NUMBER: _ClassVar[int]
+    GRANTED_FIELD_NUMBER: _ClassVar[int]
     hello: PairHello
     challenge: PairChallenge
     proof: PairProof
@@ -179,7 +180,8 @@ class ControlMessage(_message.Message):
     probe: Probe
     probe_seen: ProbeSeen
     measured: PairMeasured
-    def __init__(self, hello: _Optional[_Union[PairHello, _Mapping]] = ..., challenge: _Optional[_Union[PairChallenge, _Mapping]] = ..., proof: _Optional[_Union[PairProof, _Mapping]] = ..., ready: _Optional[_Union[PairReady, _Mapping]] = ..., refused: _Optional[_Union[PairRefused, _Mapping]] = ..., store_set: _Optional[_Union[StoreSet, _Mapping]] = ..., piece: _Optional[_Union[PieceAnnounced, _Mapping]] = ..., complete: _Optional[_Union[TicketComplete, _Mapping]] = ..., settled: _Optional[_Union[TicketSettled, _Mapping]] = ..., abandoned: _Optional[_Union[TicketAbandoned, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., probe_seen: _Optional[_Union[ProbeSeen, _Mapping]] = ..., measured: _Optional[_Union[PairMeasured, _Mapping]] = ...) -> None: ...
+    granted: _worker_pb2.KVTicket
+    def __init__(self, hello: _Optional[_Union[PairHello, _Mapping]] = ..., challenge: _Optional[_Union[PairChallenge, _Mapping]] = ..., proof: _Optional[_Union[PairProof, _Mapping]] = ..., ready: _Optional[_Union[PairReady, _Mapping]] = ..., refused: _Optional[_Union[PairRefused, _Mapping]] = ..., store_set: _Optional[_Union[StoreSet, _Mapping]] = ..., piece: _Optional[_Union[PieceAnnounced, _Mapping]] = ..., complete: _Optional[_Union[TicketComplete, _Mapping]] = ..., settled: _Optional[_Union[TicketSettled, _Mapping]] = ..., abandoned: _Optional[_Union[TicketAbandoned, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., probe_seen: _Optional[_Union[ProbeSeen, _Mapping]] = ..., measured: _Optional[_Union[PairMeasured, _Mapping]] = ..., granted: _Optional[_Union[_worker_pb2.KVTicket, _Mapping]] = ...) -> None: ...
 
 class RankOrder(_message.Message):
     __slots__ = ("start", "grant", "end", "open_send", "finish_send", "abort_send", "meet", "stop")

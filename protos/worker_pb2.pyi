@@ -124,16 +124,18 @@ class KVTicket(_message.Message):
     def __init__(self, ticket_id: _Optional[str] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., receiver: _Optional[_Union[WorkerIdentity, _Mapping]] = ..., control_addresses: _Optional[_Iterable[str]] = ..., block_ids: _Optional[_Iterable[int]] = ..., first_token: _Optional[int] = ..., num_tokens: _Optional[int] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., expires_in_s: _Optional[float] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("router_id", "request", "epoch", "local_prefill")
+    __slots__ = ("router_id", "request", "epoch", "local_prefill", "prefill")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LOCAL_PREFILL_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     request: EngineRequest
     epoch: int
     local_prefill: bool
-    def __init__(self, router_id: _Optional[str] = ..., request: _Optional[_Union[EngineRequest, _Mapping]] = ..., epoch: _Optional[int] = ..., local_prefill: _Optional[bool] = ...) -> None: ...
+    prefill: WorkerIdentity
+    def __init__(self, router_id: _Optional[str] = ..., request: _Optional[_Union[EngineRequest, _Mapping]] = ..., epoch: _Optional[int] = ..., local_prefill: _Optional[bool] = ..., prefill: _Optional[_Union[WorkerIdentity, _Mapping]] = ...) -> None: ...
 
 class ReserveReply(_message.Message):
     __slots__ = ("ticket", "cached_tokens")
@@ -382,7 +384,7 @@ class CheckIntegrity(_message.Message):
     def __init__(self) -> None: ...
 
 class EngineCommand(_message.Message):
-    __slots__ = ("call_id", "start", "reserve", "prefill", "abort_decode", "abort_prefill", "renew", "router_gone", "drain", "check", "meet")
+    __slots__ = ("call_id", "start", "reserve", "prefill", "abort_decode", "abort_prefill", "renew", "router_gone", "drain", "check", "meet", "ticket")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     RESERVE_FIELD_NUMBER: _ClassVar[int]
@@ -394,6 +396,7 @@ class EngineCommand(_message.Message):
     DRAIN_FIELD_NUMBER: _ClassVar[int]
     CHECK_FIELD_NUMBER: _ClassVar[int]
     MEET_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     start: StartEngine
     reserve: ReserveRequest
@@ -405,7 +408,8 @@ class EngineCommand(_message.Message):
     drain: DrainEngine
     check: CheckIntegrity
     meet: MeetRequest
-    def __init__(self, call_id: _Optional[int] = ..., start: _Optional[_Union[StartEngine, _Mapping]] = ..., reserve: _Optional[_Union[ReserveRequest, _Mapping]] = ..., prefill: _Optional[_Union[PrefillRequest, _Mapping]] = ..., abort_decode: _Optional[_Union[AbortRequest, _Mapping]] = ..., abort_prefill: _Optional[_Union[AbortRequest, _Mapping]] = ..., renew: _Optional[_Union[RenewLeases, _Mapping]] = ..., router_gone: _Optional[_Union[RouterGone, _Mapping]] = ..., drain: _Optional[_Union[DrainEngine, _Mapping]] = ..., check: _Optional[_Union[CheckIntegrity, _Mapping]] = ..., meet: _Optional[_Union[MeetRequest, _Mapping]] = ...) -> None: ...
+    ticket: KVTicket
+    def __init__(self, call_id: _Optional[int] = ..., start: _Optional[_Union[StartEngine, _Mapping]] = ..., reserve: _Optional[_Union[ReserveRequest, _Mapping]] = ..., prefill: _Optional[_Union[PrefillRequest, _Mapping]] = ..., abort_decode: _Optional[_Union[AbortRequest, _Mapping]] = ..., abort_prefill: _Optional[_Union[AbortRequest, _Mapping]] = ..., renew: _Optional[_Union[RenewLeases, _Mapping]] = ..., router_gone: _Optional[_Union[RouterGone, _Mapping]] = ..., drain: _Optional[_Union[DrainEngine, _Mapping]] = ..., check: _Optional[_Union[CheckIntegrity, _Mapping]] = ..., meet: _Optional[_Union[MeetRequest, _Mapping]] = ..., ticket: _Optional[_Union[KVTicket, _Mapping]] = ...) -> None: ...
 
 class EngineError(_message.Message):
     __slots__ = ("status", "message", "retry_after_s")

@@ -281,7 +281,7 @@ class PrefillWorkerServicer:
         raise NotImplementedError('Method not implemented!')
 
     def OpenPrefill(self, request_iterator, context):
-        """Prefill for one request, in a call that was opened before there was one.
+        """Prefill for one request, in a call that was opened before there was one. The ticket may follow in a second message.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,8 +1,11 @@
 """One try at a request on one route: reserve, prefill, follow the tokens, and leave nothing behind.
 
-States: NEW -> RESERVING (Reserve is sent: the decode worker may hold something) -> PREFILLING (Prefill is
-sent: the prefill worker too) -> DECODING (its first token is here) -> DONE (the decode worker said the last
-token, or refused to reserve: nothing is held). `close` aborts whatever the state says may still be held.
+States: NEW -> RESERVING (Reserve is sent: the decode worker may hold something) -> PREFILLING (it does) -> DECODING
+(the prompt's first token is here) -> DONE (the decode worker said the last token, or refused to reserve: nothing is
+held). `close` aborts whatever the state says may still be held.
+
+The prompt is sent to the prefill worker together with Reserve, and waits there for its ticket: the decode worker brings
+it if the two have a pair, and it follows from here when Reserve is answered.
 
 The order of tokens is by offset. The decode worker may speak before the prefill's reply has come; its
 tokens are held back until the first one is here. Tokens that the client already has are dropped.
@@ -71,14 +74,14 @@ class Attempt:
         self._prefill_load = self._loads.enter_context(contextlib.ExitStack())
         self._sending = self._loads.enter_context(contextlib.ExitStack())
         self._prefilling: asyncio.Task[None] | None = None
-        self._ticket: worker_pb2.KVTicket | None = None
+        self._ticket: asyncio.Future[worker_pb2.PrefillRequest] = asyncio.get_running_loop().create_future()
 
     def took_part(self) -> frozenset[WorkerLife]:
         """The workers of this attempt."""
         return frozenset(link.info.life for link in (self._decode, self._prefill) if link is not None)
 
     async def reserve(self) -> None:
-        """Have blocks promised by the decode worker."""
+        """Have blocks promised by the decode worker; the prompt is on its way to the prefill worker meanwhile."""
         self._take_places()
         self.state = AttemptState.RESERVING
         self._job.awaited = f"blocks of worker {self._decode.info.label}"
@@ -88,12 +91,18 @@ class Attempt:
             epoch=self._decode.info.epoch,
             local_prefill=self._prefill is None,
         )
+        if self._prefill is not None:
+            request.prefill.worker_id, request.prefill.epoch = self._prefill.info.worker_id, self._prefill.info.epoch
+            self._prefilling = asyncio.get_running_loop().create_task(
+                self._run_prefill(self._prefill), name=f"prefill of {self._job.request_id}"
+            )
         try:
             reply = await self._decode.reserve(request)
         except WorkerFullError:
             self.state = AttemptState.DONE
             raise
-        self._ticket = reply.ticket
+        if not self._ticket.done():
+            self._ticket.set_result(worker_pb2.PrefillRequest(ticket=reply.ticket))
         self._job.timeline.mark(Moment.RESERVED)
         self._job.decode_worker = self._decode.info.label
         self._job.prefill_worker = (self._prefill or self._decode).info.label
@@ -108,9 +117,6 @@ class Attempt:
         else:
             self.state = AttemptState.PREFILLING
             self._job.awaited = f"the first token of worker {self._prefill.info.label}"
-            self._prefilling = asyncio.get_running_loop().create_task(
-                self._run_prefill(self._prefill), name=f"prefill of {self._job.request_id}"
-            )
         while True:
             for event in await self._inbox.take():
                 self._absorb(event)
@@ -127,8 +133,8 @@ class Attempt:
             self._prefilling.cancel()
         if self.state in (AttemptState.RESERVING, AttemptState.PREFILLING, AttemptState.DECODING):
             self._abort(self._decode, reason, decode=True)
-        if self._prefill is not None and self.state in (AttemptState.PREFILLING, AttemptState.DECODING):
-            self._abort(self._prefill, reason, decode=False)
+            if self._prefill is not None:
+                self._abort(self._prefill, reason, decode=False)
         self.state = AttemptState.DONE
 
     def _take_places(self) -> None:
@@ -152,10 +158,9 @@ class Attempt:
             router_id=self._context.router_id,
             request=self._job.engine_request(),
             epoch=link.info.epoch,
-            ticket=self._ticket,
         )
         try:
-            self._inbox.put(await link.prefill(request))
+            self._inbox.put(await link.prefill(request, self._ticket))
         except Exception as error:
             self._inbox.put(error)
 

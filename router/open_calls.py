@@ -5,7 +5,7 @@ Half of what a unary call costs is to open it, on both sides. So a router keeps 
     OPEN --request written--> ASKED --reply or status--> (gone; another one is opened soon)
       '--the worker ended it--> (gone)
 
-Where none is open the caller makes a unary call, which means the same. Closing the channel ends them all.
+Where none is open a unary call is made, which means the same. Closing the channel ends them all.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar, cast
 
 import grpc
+from google.protobuf.message import Message
 
-Q = TypeVar("Q")
+Q = TypeVar("Q", bound=Message)
 A = TypeVar("A")
 
 NUM_OPEN = 4
@@ -29,8 +30,12 @@ REFILL_AFTER_S = 0.01
 class OpenCalls(Generic[Q, A]):
     """Open calls of one method at one worker."""
 
-    def __init__(self, open_call: Callable[[], grpc.aio.StreamStreamCall[Q, A]]) -> None:
+    def __init__(
+        self, open_call: Callable[[], grpc.aio.StreamStreamCall[Q, A]], call: Callable[[Q, float], Awaitable[A]]
+    ) -> None:
+        """`call(request, timeout_s)` makes a unary one."""
         self._open_call = open_call
+        self._call = call
         self._open: deque[grpc.aio.StreamStreamCall[Q, A]] = deque()
         self._asked: set[grpc.aio.StreamStreamCall[Q, A]] = set()
         """Held until they are done: one that is forgotten before is cancelled."""
@@ -49,23 +54,36 @@ class OpenCalls(Generic[Q, A]):
         if self._refill is not None:
             self._refill.cancel()
 
-    async def ask(self, request: Q, timeout_s: float) -> A | None:
-        """The reply, or None if no call was open and nobody was asked.
+    async def ask(self, request: Q, timeout_s: float, rest: asyncio.Future[Q] | None = None) -> A:
+        """The reply; TimeoutError, AioRpcError and, if the channel is closed under it, CancelledError.
 
-        TimeoutError, AioRpcError and, if the channel is closed under it, CancelledError as from a unary call.
+        `rest` has what of the request is still to come: it is written when it is there, into a message of its own.
         """
-        call = self._take()
-        if call is None:
-            return None
+        async with asyncio.timeout(timeout_s):
+            if (call := self._take()) is not None:
+                try:
+                    reply = await self._ask(call, request, rest)
+                finally:
+                    if not self._closed and self._refill is None:
+                        self._refill = asyncio.get_running_loop().call_later(REFILL_AFTER_S, self.fill)
+                if reply is not None:
+                    return reply
+            if rest is not None:
+                request.MergeFrom(await rest)
+            return await self._call(request, timeout_s)
+
+    @staticmethod
+    async def _ask(call: grpc.aio.StreamStreamCall[Q, A], request: Q, rest: asyncio.Future[Q] | None) -> A | None:
+        """The reply; None if the call ended well without one: then nobody was asked."""
         try:
-            async with asyncio.timeout(timeout_s):
-                with contextlib.suppress(asyncio.InvalidStateError):  # it has just ended: reading says why
-                    await call.write(request)
-                reply = await call.read()
-        finally:
-            if not self._closed and self._refill is None:
-                self._refill = asyncio.get_running_loop().call_later(REFILL_AFTER_S, self.fill)
-        return cast(A | None, reply or None)  # a call that ended well without a reply was not asked
+            with contextlib.suppress(asyncio.InvalidStateError):  # it has just ended: reading says why
+                await call.write(request)
+                if rest is not None:
+                    await call.write(await rest)
+            return cast(A | None, await call.read() or None)
+        except asyncio.CancelledError:
+            call.cancel()  # which a wait for `rest` does not do
+            raise
 
     def _take(self) -> grpc.aio.StreamStreamCall[Q, A] | None:
         while self._open:

@@ -103,25 +103,18 @@ class WorkerLink:
 
     async def reserve(self, request: worker_pb2.ReserveRequest) -> worker_pb2.ReserveReply:
         """Ask for blocks; WorkerFullError, AttemptFailedError or InvalidArgumentError if there are none to be had."""
-        stub, limit_s = self._connected(self._decode), self._config.reserve_timeout_s
-        reply = await self._answer("Reserve", self._connected(self._reserves).ask(request, limit_s))
-        if reply is None:
-            called: worker_pb2.ReserveReply = await self._answer(
-                "Reserve", stub.Reserve(request, timeout=limit_s, metadata=self._metadata)
-            )
-            return called
-        return reply
+        asking = self._connected(self._reserves).ask(request, self._config.reserve_timeout_s)
+        return await self._answer("Reserve", asking)
 
-    async def prefill(self, request: worker_pb2.PrefillRequest) -> worker_pb2.PrefillReply:
-        """Have the prompt computed; errors as for `reserve`. Bounded by the request's own deadline."""
-        stub, limit_s = self._connected(self._prefill), request.request.deadline_s + 1.0
-        reply = await self._answer("Prefill", self._connected(self._prefills).ask(request, limit_s))
-        if reply is None:
-            called: worker_pb2.PrefillReply = await self._answer(
-                "Prefill", stub.Prefill(request, timeout=limit_s, metadata=self._metadata)
-            )
-            return called
-        return reply
+    async def prefill(
+        self, request: worker_pb2.PrefillRequest, ticket: asyncio.Future[worker_pb2.PrefillRequest]
+    ) -> worker_pb2.PrefillReply:
+        """Have the prompt computed; errors as for `reserve`. Bounded by the request's own deadline.
+
+        `ticket` has the rest of the request, its ticket, once there is one.
+        """
+        asking = self._connected(self._prefills).ask(request, request.request.deadline_s + 1.0, ticket)
+        return await self._answer("Prefill", asking)
 
     async def meet(self, request: worker_pb2.MeetRequest) -> None:
         """Have it begin the pair to a worker; errors as for `reserve`."""
@@ -157,8 +150,14 @@ class WorkerLink:
         """One connection from hello to loss."""
         self._decode = decode = worker_pb2_grpc.DecodeWorkerStub(channel)  # type: ignore[no-untyped-call]
         self._prefill = prefill = worker_pb2_grpc.PrefillWorkerStub(channel)  # type: ignore[no-untyped-call]
-        self._reserves = reserves = OpenCalls(lambda: decode.OpenReserve(metadata=self._metadata))
-        self._prefills = prefills = OpenCalls(lambda: prefill.OpenPrefill(metadata=self._metadata))
+        self._reserves = reserves = OpenCalls(
+            lambda: decode.OpenReserve(metadata=self._metadata),
+            lambda request, limit_s: decode.Reserve(request, timeout=limit_s, metadata=self._metadata),
+        )
+        self._prefills = prefills = OpenCalls(
+            lambda: prefill.OpenPrefill(metadata=self._metadata),
+            lambda request, limit_s: prefill.Prefill(request, timeout=limit_s, metadata=self._metadata),
+        )
         why = "this router left it"
         try:
             await self._converse(self._decode.Attach(metadata=self._metadata))

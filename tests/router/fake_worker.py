@@ -77,6 +77,8 @@ class FakeWorker:
     """(craft, request_id, attempt)."""
     reserved: list[str] = field(default_factory=list)
     prefilled: list[str] = field(default_factory=list)
+    waiting: set[str] = field(default_factory=set)
+    """Prompts whose ticket is to follow."""
     received: list[worker_pb2.EngineRequest] = field(default_factory=list)
     met: list[worker_pb2.MeetRequest] = field(default_factory=list)
     model_hash: str = "tiny"
@@ -291,6 +293,15 @@ class _PrefillService(_Service, worker_pb2_grpc.PrefillWorkerServicer):
 
     async def OpenPrefill(self, request_iterator, context):
         async for request in request_iterator:
+            self.worker.waiting.add(request.request.request_id)
+            try:
+                rest = None if request.HasField("ticket") else await anext(request_iterator, None)
+            finally:
+                self.worker.waiting.remove(request.request.request_id)
+            if rest is not None:
+                request.MergeFrom(rest)
+            if not request.HasField("ticket"):
+                return
             yield await self.Prefill(request, context)
             return
 

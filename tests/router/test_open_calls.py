@@ -16,12 +16,21 @@ class Worker(worker_pb2_grpc.DecodeWorkerServicer):
     def __init__(self):
         self.num_opened = 0
         self.asked = []
+        self.called = []
+        self.whole = []
         self.cancelled = asyncio.Event()
+
+    async def Reserve(self, request, context):
+        self.called.append((request.router_id, request.epoch))
+        return worker_pb2.ReserveReply(cached_tokens=1000)
 
     async def OpenReserve(self, request_iterator, context):
         self.num_opened += 1
         async for request in request_iterator:
             self.asked.append(request.router_id)
+            if request.router_id == "in parts":
+                request.MergeFrom(await anext(request_iterator))
+                self.whole.append((request.router_id, request.epoch))
             if request.router_id == "full":
                 await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "no blocks")
             if request.router_id == "slow":
@@ -42,7 +51,7 @@ async def calls_to(worker):
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub = worker_pb2_grpc.DecodeWorkerStub(channel)
-        calls = OpenCalls(stub.OpenReserve)
+        calls = OpenCalls(stub.OpenReserve, lambda request, timeout_s: stub.Reserve(request, timeout=timeout_s))
         yield calls
         calls.close()
     await server.stop(0)
@@ -62,7 +71,8 @@ def test_each_call_is_for_one_request_and_another_is_opened():
     async def scenario():
         worker = Worker()
         async with calls_to(worker) as calls:
-            assert await calls.ask(request("early"), 10) is None
+            assert (await calls.ask(request("early"), 10)).cached_tokens == 1000
+            assert worker.called == [("early", 0)]
             calls.fill()
             replies = [await calls.ask(request(f"{index}"), 10) for index in range(NUM_OPEN)]
             assert [reply.cached_tokens for reply in replies] == [1, 2, 3, 4]
@@ -72,14 +82,15 @@ def test_each_call_is_for_one_request_and_another_is_opened():
     asyncio.run(scenario())
 
 
-def test_more_at_once_than_are_open_are_not_asked():
+def test_more_at_once_than_are_open_are_unary_calls():
     async def scenario():
         worker = Worker()
         async with calls_to(worker) as calls:
             calls.fill()
             replies = await asyncio.gather(*(calls.ask(request("x"), 10) for _ in range(NUM_OPEN + 2)))
-            assert sum(reply is None for reply in replies) == 2
+            assert sum(reply.cached_tokens == 1000 for reply in replies) == 2
             assert len(worker.asked) == NUM_OPEN
+            assert len(worker.called) == 2
 
     asyncio.run(scenario())
 
@@ -119,6 +130,38 @@ def test_nothing_is_opened_after_close():
         async with calls_to(worker) as calls:
             calls.close()
             calls.fill()
-            assert await calls.ask(request("late"), 10) is None
+            assert (await calls.ask(request("late"), 10)).cached_tokens == 1000
+            assert worker.num_opened == 0
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("are_open", [True, False], ids=["open", "unary"])
+def test_a_request_in_two_parts(are_open):
+    """An open call has the first part while the second is still to come; a unary call is made with both."""
+
+    async def scenario():
+        worker = Worker()
+        async with calls_to(worker) as calls:
+            if are_open:
+                calls.fill()
+            rest = asyncio.get_running_loop().create_future()
+            asking = asyncio.create_task(calls.ask(request("in parts"), 10, rest))
+            if are_open:
+                await until(lambda: worker.asked)
+            rest.set_result(worker_pb2.ReserveRequest(epoch=7))
+            await asking
+            assert (worker.whole if are_open else worker.called) == [("in parts", 7)]
+
+    asyncio.run(scenario())
+
+
+def test_what_never_comes_is_not_waited_for_longer():
+    async def scenario():
+        worker = Worker()
+        async with calls_to(worker) as calls:
+            with pytest.raises(TimeoutError):
+                await calls.ask(request("in parts"), 0.1, asyncio.get_running_loop().create_future())
+            assert worker.called == []
 
     asyncio.run(scenario())

@@ -1,0 +1,67 @@
+"""The prompt is at the prefill worker while blocks are being reserved, and leaves if there are none."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import grpc
+import pytest
+
+from protos import inference_pb2
+from tests.router.fake_worker import Behaviour, expected_answer
+from tests.router.harness import PROMPT, ask, cluster, eventually, run
+
+
+def test_the_prompt_waits_for_its_ticket(model: Path) -> None:
+    async def scenario() -> None:
+        async with cluster(model, behaviour=Behaviour(reserve_s=0.3)) as made:
+            decode, prefill = made.workers["d0"], made.workers["p0"]
+            asking = asyncio.create_task(made.ask(ask("r1", num=20)))
+            await eventually(lambda: "r1" in prefill.waiting)
+            assert not decode.reserved
+            answer = await asking
+            assert answer.token_ids == expected_answer(PROMPT, 20)
+            assert prefill.prefilled == ["r1"]
+            assert not prefill.waiting
+            await made.idle()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("end", ["cancel", "refused"])
+def test_a_prompt_that_gets_no_ticket_goes_away(model: Path, end: str) -> None:
+    async def scenario() -> None:
+        behaviour = Behaviour(reserve_s=0.3, capacity=1000 if end == "cancel" else 0)
+        async with cluster(model, behaviour=behaviour) as made:
+            prefill = made.workers["p0"]
+            asking = asyncio.create_task(made.ask(ask("r1", num=20)))
+            await eventually(lambda: "r1" in prefill.waiting)
+            if end == "cancel":
+                assert (await made.stub.Cancel(inference_pb2.CancelRequest(request_id="r1"))).found
+                await asking
+                await eventually(lambda: ("prefill", "r1", 0) in prefill.aborts)
+            else:
+                await eventually(lambda: made.app.stats().queued == 1)
+            await eventually(lambda: not prefill.waiting)
+            assert not prefill.prefilled
+            if end == "refused":
+                made.workers["d0"].behaviour.capacity = 1
+                assert (await asking).token_ids == expected_answer(PROMPT, 20)
+            await made.idle()
+
+    run(scenario())
+
+
+def test_a_prefill_worker_that_refuses_the_prompt_early(model: Path) -> None:
+    """Its word may come before the reservation; the reservation does not outlive the attempt."""
+
+    async def scenario() -> None:
+        async with cluster(model, behaviour=Behaviour(reserve_s=0.1)) as made:
+            made.workers["p0"].behaviour.unavailable = True
+            refusal = await made.refused(ask("r1", num=5))
+            assert refusal.code is grpc.StatusCode.UNAVAILABLE
+            assert ("decode", "r1", 0) in made.workers["d0"].aborts
+            await made.idle()
+
+    run(scenario())
