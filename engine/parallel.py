@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.errors import RankLostError, UnsupportedModelError
+from protos.rendezvous import first_line
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import ProcessGroup, Store
@@ -94,7 +95,7 @@ class TensorParallel:
         self.least(0, what)
 
     def _lost(self, what: str, error: RuntimeError) -> RankLostError:
-        return RankLostError(f"rank {self.rank} of {self.size} could not {what} with the others: {_first_line(error)}")
+        return RankLostError(f"rank {self.rank} of {self.size} could not {what} with the others: {first_line(error)}")
 
 
 def connect(rank: int, size: int, store: Store, device: torch.device, timeout_s: float) -> TensorParallel:
@@ -107,7 +108,7 @@ def connect(rank: int, size: int, store: Store, device: torch.device, timeout_s:
     try:
         group = make(store, rank, size, 2 * timeout_s)
     except RuntimeError as error:
-        raise RankLostError(f"rank {rank} of {size} could not connect to the others: {_first_line(error)}") from error
+        raise RankLostError(f"rank {rank} of {size} could not connect to the others: {first_line(error)}") from error
     parallel = TensorParallel(rank, size, group, store)
     parallel.all_reduce(torch.zeros(1, device=device))
     return parallel
@@ -132,8 +133,3 @@ def _nccl(store: Store, rank: int, size: int, timeout_s: float) -> ProcessGroup:
     options = ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=timeout_s)
     return ProcessGroupNCCL(store, rank, size, options)  # type: ignore[return-value]
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

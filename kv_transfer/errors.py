@@ -13,12 +13,6 @@ TransferError
 from __future__ import annotations
 
 
-def first_line(error: Exception) -> str:
-    """What torch says in the first line of an error; stack traces follow it."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
 class TransferError(Exception):
     """Base of all transfer errors."""
 

@@ -10,9 +10,10 @@ from datetime import timedelta
 import torch
 from torch._C._distributed_c10d import ProcessGroupGloo, Work
 
-from kv_transfer.errors import TransportError, first_line
+from kv_transfer.errors import TransportError
 from kv_transfer.rendezvous import PairStore
 from kv_transfer.transport import ChannelOptions, Transfer
+from protos.rendezvous import first_line
 
 
 class _GlooTransfer:

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kv_transfer.errors import TransportError, first_line
+from kv_transfer.errors import TransportError
 from kv_transfer.rendezvous import PairStore
 from kv_transfer.transport import ChannelOptions, Transfer
+from protos.rendezvous import first_line
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import ProcessGroupNCCL, Work

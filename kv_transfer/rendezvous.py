@@ -6,49 +6,32 @@ what the other end set arrives through `put`. So the rendezvous is as authentica
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable
-from datetime import timedelta
-
-from torch._C._distributed_c10d import Store
 
 from kv_transfer.errors import TransportError
+from protos.rendezvous import Rendezvous
 
 MAX_KEYS = 256
 
 
-class PairStore(Store):
-    """A torch.distributed store shared by exactly two ends; every wait is bounded by timeout_s."""
+class PairStore(Rendezvous):
+    """One end's view; a wait that cannot end well raises TransportError."""
 
     def __init__(self, publish: Callable[[str, bytes], None], timeout_s: float) -> None:
-        super().__init__()
-        self._publish = publish
-        self._timeout_s = timeout_s
-        self._changed = threading.Condition()
-        self._values: dict[str, bytes] = {}
-        self._closed: str | None = None
+        super().__init__(publish, timeout_s)
         self._on_close: Callable[[], None] = lambda: None
 
-    def set(self, key: str, value: str | bytes) -> None:
-        """Keep a value here and at the other end."""
-        data = value.encode() if isinstance(value, str) else bytes(value)
-        self.put(key, data)
-        self._publish(key, data)
-
     def put(self, key: str, value: bytes) -> None:
-        """Keep a value that the other end set."""
+        """Keep a value that the other end set; TransportError if it sets too many."""
         with self._changed:
             if len(self._values) >= MAX_KEYS and key not in self._values:
                 raise TransportError(f"the rendezvous holds {MAX_KEYS} keys already: the other end misbehaves")
-            self._values[key] = value
-            self._changed.notify_all()
+            super().put(key, value)
 
     def close(self, reason: str) -> None:
-        """Fail every wait, now and later."""
+        """Fail every wait, now and later, and wake who asked for it."""
         with self._changed:
-            self._closed = reason
-            self._changed.notify_all()
+            super().close(reason)
             on_close = self._on_close
         on_close()
 
@@ -60,27 +43,8 @@ class PairStore(Store):
         if is_closed:
             call()
 
-    def get(self, key: str) -> bytes:
-        """The value of a key, as soon as either end has set it."""
-        self._await([key], self._timeout_s)
-        return self._values[key]
+    def _ended(self, reason: str) -> TransportError:
+        return TransportError(f"the rendezvous ended: {reason}")
 
-    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        """Return when all keys are set."""
-        self._await(keys, self._timeout_s if timeout is None else timeout.total_seconds())
-
-    def check(self, keys: list[str]) -> bool:
-        """Whether all keys are set."""
-        with self._changed:
-            return all(key in self._values for key in keys)
-
-    def _await(self, keys: list[str], timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        with self._changed:
-            while missing := [key for key in keys if key not in self._values]:
-                left = deadline - time.monotonic()
-                if self._closed is not None:
-                    raise TransportError(f"the rendezvous ended: {self._closed}")
-                if left <= 0:
-                    raise TransportError(f"waited {timeout_s:g} s for the other end to set {', '.join(missing)}")
-                self._changed.wait(left)
+    def _late(self, keys: str, timeout_s: float) -> TransportError:
+        return TransportError(f"waited {timeout_s:g} s for the other end to set {keys}")

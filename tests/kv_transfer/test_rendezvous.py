@@ -38,6 +38,9 @@ def test_closing_wakes_a_wait() -> None:
         store.get("k")
     timer.join()
     assert time.monotonic() - start < 10
+    store.close("its thread ended")
+    with pytest.raises(TransportError, match="the rendezvous ended: peer lost"):
+        store.wait(["k"])
 
 
 def test_a_peer_cannot_fill_the_memory() -> None:
