@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks.transfer_side import Side
 from kv_transfer.config import TransferConfig
 from kv_transfer.digest import Digester
 from kv_transfer.node import TransferNode
+from kv_transfer.staging import SlotIds, slots_of
 from kv_transfer.ticket import KVTicket, ReceivedKV, SendResult, TicketGrant, TicketState
 from protos import worker_pb2 as pb
 
@@ -262,7 +262,7 @@ class Node:
             self._failures.append(f"ticket {result.ticket_id} ended {result.state.value}: {result.reason}")
         permits.release()
 
-    def _slots(self, num_tokens: int) -> np.ndarray:
+    def _slots(self, num_tokens: int) -> SlotIds:
         """Where the sender's KV lies: blocks in no order."""
         size = self._side.memory.block_size
         if len(self._source) * size < num_tokens:
@@ -270,7 +270,7 @@ class Node:
                 self._side.release(self._source)
             self._source = self._side.allocate(num_tokens)
             random.Random(0).shuffle(self._source)
-        return slots_of(self._source, num_tokens, size)
+        return slots_of(self._source, size, 0, num_tokens)
 
     def _first_digest(self) -> float:
         began = time.monotonic()
@@ -294,7 +294,7 @@ class Node:
 
     def _fingerprint(self, blocks: list[int], num_tokens: int) -> list[int]:
         side, layout = self._side, self._side.layout
-        places = side.memory.locate(slots_of(blocks, num_tokens, layout.block_size))
+        places = side.memory.locate(slots_of(blocks, layout.block_size, 0, num_tokens))
         digester = Digester(TransferConfig(digest="all"), on_gpu=side.device.type == "cuda")
         shape = (1, 2, num_tokens, layout.num_local_heads, layout.head_dim)
         piece = torch.empty(shape, dtype=side.memory.data.dtype, device=side.device)
@@ -323,13 +323,6 @@ class Pace:
         elif now - self._next > CATCH_UP_S:
             self._next = now
         self._next += num_bytes / self.rate
-
-
-def slots_of(blocks: list[int], num_tokens: int, block_size: int) -> np.ndarray:
-    """Where the tokens of a run of blocks lie."""
-    tokens = np.arange(num_tokens)
-    slots: np.ndarray = np.asarray(blocks, dtype=np.int64)[tokens // block_size] * block_size + tokens % block_size
-    return slots
 
 
 def _acquire(permits: threading.Semaphore, count: int) -> None:

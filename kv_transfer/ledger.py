@@ -16,10 +16,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-import numpy as np
-
 from kv_transfer.errors import TicketError, TransferIntegrityError
 from kv_transfer.layout import KVLayout
+from kv_transfer.staging import SlotIds, slots_of
 from kv_transfer.ticket import ReceivedKV, TicketGrant, TicketState
 from kv_transfer.timers import Janitor, run_safely
 from protos.transfer_pb2 import PieceAnnounced
@@ -56,12 +55,10 @@ class SlotWrite:
         return self.after is None or bool(self.after.query())
 
     @property
-    def slot_ids(self) -> np.ndarray:
-        """int64 [num_tokens]."""
-        places = self.first_token - self.grant.first_token + np.arange(self.num_tokens)
-        blocks = np.asarray(self.grant.block_ids, dtype=np.int64)
-        slot_ids: np.ndarray = blocks[places // self.block_size] * self.block_size
-        return slot_ids + places % self.block_size
+    def slot_ids(self) -> SlotIds:
+        """Where each of the tokens goes."""
+        first = self.first_token - self.grant.first_token
+        return slots_of(self.grant.block_ids, self.block_size, first, self.num_tokens)
 
 
 class Holder(Protocol):

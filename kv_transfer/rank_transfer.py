@@ -12,14 +12,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from kv_transfer.config import TransferConfig
 from kv_transfer.errors import TransferError
 from kv_transfer.fan_out import Outlet
 from kv_transfer.layout import KVLayout
 from kv_transfer.node import TransferNode
-from kv_transfer.staging import KVMemory, SlotIds
+from kv_transfer.staging import KVMemory, SlotIds, slots_of
 from kv_transfer.ticket import KVTicket, ReceivedKV, SendResult, TicketGrant, TicketState
 from protos.transfer_pb2 import (
     NodeStart,
@@ -89,12 +87,13 @@ class RankTransfer:
 
     def hook(self, payload: bytes) -> OnLayer | None:
         """What to push as a step's layers are written, from its PushNote; what is there already is pushed at once."""
+        size = self._layout.block_size
         pushes: list[tuple[Outlet, int, SlotIds]] = []
         for push in PushNote.FromString(payload).pushes:
             outlet = self._outlets.get(push.ticket_id)
             if outlet is None:
                 continue
-            slot_ids = self._slots(push)
+            slot_ids = slots_of(push.block_ids, size, push.first_token % size, push.num_tokens)
             if push.is_there:
                 outlet.push(0, self._layout.num_layers, push.first_token, slot_ids)
             else:
@@ -165,13 +164,6 @@ class RankTransfer:
             self._outlets[ticket.ticket_id] = self._node.open_send(ticket, self._settled)
         except TransferError as error:
             self._settled(SendResult(ticket.ticket_id, TicketState.ABORTED, str(error)))
-
-    def _slots(self, push: PushNote.Push) -> SlotIds:
-        size = self._layout.block_size
-        places = push.first_token % size + np.arange(push.num_tokens)
-        blocks = np.asarray(push.block_ids, dtype=np.int64)
-        slot_ids: SlotIds = blocks[places // size] * size + places % size
-        return slot_ids
 
     # -- from transfer threads
 

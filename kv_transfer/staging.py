@@ -8,6 +8,7 @@ a GPU).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -96,6 +97,13 @@ class StagingPool:
             return None
         self._allocated_bytes += num_bytes
         return torch.empty(num_bytes, dtype=torch.uint8, **self._place)
+
+
+def slots_of(block_ids: Sequence[int], block_size: int, first: int, num_tokens: int) -> SlotIds:
+    """Where tokens [first, first + num_tokens) of a run of blocks lie, counted from the start of its first block."""
+    places = np.arange(first, first + num_tokens)
+    slot_ids: SlotIds = np.asarray(block_ids, dtype=np.int64)[places // block_size] * block_size + places % block_size
+    return slot_ids
 
 
 def as_piece(data: torch.Tensor, layout: KVLayout, num_layers: int, num_tokens: int, num_heads: int) -> torch.Tensor:

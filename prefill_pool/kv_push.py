@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from engine.batch import ScheduledSequence
 from engine.sequence import Sequence
 from kv_transfer.fan_out import Outlet
+from kv_transfer.staging import SlotIds, slots_of
 from kv_transfer.ticket import KVTicket
 from protos import worker_pb2 as pb
 from protos.transfer_pb2 import PushNote
@@ -66,26 +65,26 @@ class KVPush:
     def _tell(self, note: PushNote | None, start: int, end: int, *, is_there: bool) -> None:
         if note is None:
             return
-        size = self._block_size
         note.pushes.add(
             ticket_id=self._ticket_id,
             first_token=start,
             num_tokens=end - start,
-            block_ids=self._sequence.block_ids[start // size : -(-end // size)],
+            block_ids=self._blocks(start, end),
             is_there=is_there,
         )
 
-    def _slots(self, start: int, end: int) -> np.ndarray:
-        size, tokens = self._block_size, np.arange(start, end)
-        blocks = np.asarray(self._sequence.block_ids[: -(-end // size)], dtype=np.int64)
-        slot_ids: np.ndarray = blocks[tokens // size] * size + tokens % size
-        return slot_ids
+    def _slots(self, start: int, end: int) -> SlotIds:
+        return slots_of(self._blocks(start, end), self._block_size, start % self._block_size, end - start)
+
+    def _blocks(self, start: int, end: int) -> list[int]:
+        """Those that hold tokens [start, end)."""
+        return self._sequence.block_ids[start // self._block_size : -(-end // self._block_size)]
 
 
 class StepPush:
     """The tokens of one sequence that one step adds to its push."""
 
-    def __init__(self, outlet: Outlet, first_token: int, slot_ids: np.ndarray) -> None:
+    def __init__(self, outlet: Outlet, first_token: int, slot_ids: SlotIds) -> None:
         self._outlet = outlet
         self._first_token = first_token
         self._slot_ids = slot_ids

@@ -15,7 +15,7 @@ from benchmarks.transfer_report import Budget, median_and_p90
 from benchmarks.transfer_rig import Remote, Rig, RigError
 from benchmarks.transfer_router import Times
 from benchmarks.transfer_router import _row as handover_row
-from benchmarks.transfer_tickets import Pace, slots_of
+from benchmarks.transfer_tickets import Pace
 
 
 def test_it_runs_and_writes_what_it_measured(tmp_path, capfd):
@@ -105,10 +105,6 @@ def test_a_pace_lets_bytes_go_at_its_rate_and_does_not_catch_up_far():
     for _ in range(5):
         pace.wait(10_000)
     assert time.monotonic() - began >= 0.035
-
-
-def test_slots_follow_the_blocks():
-    assert slots_of([5, 2], 6, 4).tolist() == [20, 21, 22, 23, 8, 9]
 
 
 def test_a_phase_is_compared_with_those_around_it():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kv_transfer.errors import ProtocolError, TransferIntegrityError
-from kv_transfer.staging import StagingPool, as_piece
+from kv_transfer.staging import StagingPool, as_piece, slots_of
 from tests.kv_transfer.conftest import LAYOUT
 
 
@@ -52,3 +52,9 @@ def test_bytes_and_pieces_are_two_views_of_one_memory() -> None:
     piece[1, 1, 4, 1, 3] = 1.0
     assert data[-4:].any()
     assert not data[:-4].any()
+
+
+def test_slots_follow_the_blocks() -> None:
+    assert slots_of([5, 2], 4, 0, 6).tolist() == [20, 21, 22, 23, 8, 9]
+    assert slots_of((5, 2, 7), 4, 3, 2).tolist() == [23, 8]
+    assert slots_of([5, 2, 7], 4, 5, 7).tolist() == [9, 10, 11, 28, 29, 30, 31]
