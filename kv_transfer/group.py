@@ -70,8 +70,8 @@ class _Parts:
     """The parts of a ticket that have not ended, by rank."""
 
     open: set[int]
-    finish: Callable[[TicketState, str], None]
-    """Called once, when the last part has ended."""
+    finish: Callable[[_Parts], None]
+    """Called once with these parts, when the last has ended."""
     cancel: Callable[[str], None]
     """Ends the parts that are open."""
     state: TicketState = TicketState.DELIVERED
@@ -129,8 +129,8 @@ class TransferGroup:
         """Begin sending under a ticket from every rank; `on_settled` is called once, when all have ended."""
         ticket_id = ticket.ticket_id
 
-        def finish(state: TicketState, reason: str) -> None:
-            on_settled(SendResult(ticket_id, state, reason))
+        def finish(parts: _Parts) -> None:
+            on_settled(SendResult(ticket_id, parts.state, parts.reason))
 
         outlet = _GroupOutlet(self, ticket_id)
         parts = _Parts(set(range(self._num_ranks)), finish, outlet.abort)
@@ -167,9 +167,11 @@ class TransferGroup:
 
     def grant(self, grant: TicketGrant) -> KVTicket:
         """Give leave to write into blocks on every rank; TicketError if the grant cannot be right."""
-        parts = _Parts(set(range(self._num_ranks)), grant.on_end, lambda reason: None)
-        parts.cancel = partial(self._end_everywhere, grant.ticket_id)
-        parts.finish = partial(self._grant_ended, grant, parts)
+        parts = _Parts(
+            set(range(self._num_ranks)),
+            finish=partial(self._grant_ended, grant),
+            cancel=partial(self._end_everywhere, grant.ticket_id),
+        )
         self._enter(self._granted, grant.ticket_id, parts)
         local = replace(
             grant,
@@ -297,7 +299,7 @@ class TransferGroup:
                 parts.reason = f"rank {rank}: {reason}" if rank else reason
             is_last = not parts.open
         if is_last:
-            parts.finish(parts.state, parts.reason)
+            parts.finish(parts)
             with self._changed:
                 del book[ticket_id]
                 self._changed.notify_all()
@@ -318,11 +320,11 @@ class TransferGroup:
         self._end_everywhere(ticket_id, parts.reason)
 
     @staticmethod
-    def _grant_ended(grant: TicketGrant, parts: _Parts, state: TicketState, reason: str) -> None:
-        if state is TicketState.DELIVERED:
+    def _grant_ended(grant: TicketGrant, parts: _Parts) -> None:
+        if parts.state is TicketState.DELIVERED:
             grant.on_ready(_together(parts.received))
         else:
-            grant.on_end(state, reason)
+            grant.on_end(parts.state, parts.reason)
 
 
 class _GroupOutlet:
