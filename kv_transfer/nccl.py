@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -127,7 +127,7 @@ class NcclTransport:
         """End what is under way, on a thread of its own; returns at once."""
         with self._abort_lock:
             if self._aborting is None and self._group is not None:
-                self._aborting = threading.Thread(target=self._abort, args=(self._group,), name="kv-abort", daemon=True)
+                self._aborting = threading.Thread(target=self._group.abort, name="kv-abort", daemon=True)
                 self._aborting.start()
 
     def close(self) -> None:
@@ -138,10 +138,6 @@ class NcclTransport:
             if self._aborting.is_alive():
                 _log.error("NCCL did not abort a pair within %g s: its memory is lost", ABORT_S)
         self._group = None
-
-    @staticmethod
-    def _abort(group: Any) -> None:
-        group.abort()
 
     def _begin(self, verb: str, tensor: torch.Tensor) -> Transfer:
         group = self._group  # the other thread of the pair may close it meanwhile
