@@ -34,8 +34,8 @@ from typing import Any
 
 import yaml
 
+from benchmarks.budget import Budget
 from benchmarks.llama_8b import config_directory
-from benchmarks.serve_budget import Budget
 from benchmarks.serve_clients import Clients, LoadJob, SequenceJob, num_clients
 from benchmarks.serve_cluster import Cluster, Model, Shape, cluster_yaml, running
 from benchmarks.serve_figures import IdleFigures, LoadFigures, engine_figures, idle_figures

@@ -37,12 +37,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.budget import Budget
 from benchmarks.llama_8b import LLAMA_8B
 from benchmarks.transfer_ceiling import CeilingBook, run_ceiling
 from benchmarks.transfer_load import run_load
 from benchmarks.transfer_pair import run_pair
 from benchmarks.transfer_plan import CPU, GPU, Plan, grid, model_header
-from benchmarks.transfer_report import Budget, Report, note
+from benchmarks.transfer_report import Report, note
 from benchmarks.transfer_rig import Rig, RigError, running
 from benchmarks.transfer_router import run_handover
 

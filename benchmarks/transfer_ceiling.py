@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.budget import Budget
 from benchmarks.transfer_plan import Plan
-from benchmarks.transfer_report import Budget, Report, Sheet
+from benchmarks.transfer_report import Report, Sheet
 from benchmarks.transfer_rig import Rig
 from benchmarks.transfer_side import Side
 from kv_transfer.context import MIB

@@ -12,10 +12,11 @@ import threading
 import time
 from typing import Any
 
+from benchmarks.budget import Budget
 from benchmarks.engine_cases import random_prompts
 from benchmarks.transfer_pair import rig_pair
 from benchmarks.transfer_plan import Plan
-from benchmarks.transfer_report import Budget, Report, Sheet, note
+from benchmarks.transfer_report import Report, Sheet, note
 from benchmarks.transfer_rig import Rig
 from benchmarks.transfer_side import Side
 from benchmarks.transfer_tickets import Node

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from benchmarks.budget import Budget
 from benchmarks.transfer_ceiling import CeilingBook
 from benchmarks.transfer_plan import Cell, Plan
-from benchmarks.transfer_report import Budget, Report, Sheet, note
+from benchmarks.transfer_report import Report, Sheet, note
 from benchmarks.transfer_rig import Rig, RigError
 
 NUM_FIGURES = 2

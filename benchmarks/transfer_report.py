@@ -11,21 +11,6 @@ from pathlib import Path
 from typing import Any
 
 
-class Budget:
-    """The time one section may take: nothing new begins once it is over."""
-
-    def __init__(self, seconds: float) -> None:
-        self._deadline = time.monotonic() + seconds
-        self.skipped: list[str] = []
-
-    def allows(self, what: str) -> bool:
-        """Whether there is time to begin `what`."""
-        if time.monotonic() < self._deadline:
-            return True
-        self.skipped.append(what)
-        return False
-
-
 class Sheet:
     """A table whose lines are printed one by one."""
 

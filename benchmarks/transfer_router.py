@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.budget import Budget
 from benchmarks.transfer_plan import Plan
-from benchmarks.transfer_report import Budget, Report, Sheet, median_and_p90, note
+from benchmarks.transfer_report import Report, Sheet, median_and_p90, note
 from benchmarks.transfer_rig import Rig
 from engine import wire
 from engine.api import GenerateRequest, SamplingParams

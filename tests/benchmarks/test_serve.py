@@ -8,7 +8,6 @@ import pytest
 import yaml
 
 from benchmarks import serve, serve_probe
-from benchmarks.serve_budget import Budget
 from benchmarks.serve_clients import (
     ClientResult,
     Clients,
@@ -232,15 +231,6 @@ class TestDocument:
 
 
 class TestBudget:
-    def test_bound(self):
-        now = [100.0]
-        budget = Budget(60.0, lambda: now[0])
-        assert budget.fits(60.0)
-        now[0] += 50.0
-        assert (budget.spent(), budget.left()) == (50.0, 10.0)
-        assert not budget.fits(10.5)
-        assert Budget(None).fits(1e12)
-
     def test_what_does_not_fit_is_skipped_and_said(self, header, tmp_path, capsys):
         arguments = ["--device", "cpu", "--model", str(header), "--budget-s", "3", "--json", str(tmp_path / "r.json")]
         assert serve.main([*arguments, "--phases", "ceilings,load", "--rates", "1"]) == 0

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.transfer import arguments_of, main, plan_of
 from benchmarks.transfer_load import _row as load_row
 from benchmarks.transfer_plan import CPU, GPU, Cell, grid
-from benchmarks.transfer_report import Budget, median_and_p90
+from benchmarks.transfer_report import median_and_p90
 from benchmarks.transfer_rig import Remote, Rig, RigError
 from benchmarks.transfer_router import Times
 from benchmarks.transfer_router import _row as handover_row
@@ -85,13 +85,6 @@ def test_the_engine_of_the_plan_holds_everything():
         tokens = plan.batch_prompt + plan.load_most_steps
         assert blocks * block_size > plan.batch * tokens + plan.load_tickets * plan.load_tokens
         assert blocks * block_size > 3 * max(plan.lengths)
-
-
-def test_a_budget_skips_what_comes_too_late():
-    assert Budget(60).allows("this")
-    over = Budget(-1)
-    assert not over.allows("that")
-    assert over.skipped == ["that"]
 
 
 def test_a_pace_lets_bytes_go_at_its_rate_and_does_not_catch_up_far():

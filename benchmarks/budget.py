@@ -1,4 +1,4 @@
-"""How much time a run may take, and how much of it is left."""
+"""How much time a run, or a section of it, may take, and how much of it is left."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ class Budget:
         self._clock = clock
         self._began = clock()
         self._seconds = math.inf if seconds is None else seconds
+        self.skipped: list[str] = []
+        """What `allows` found no time for."""
 
     def spent(self) -> float:
         """Seconds since the beginning."""
@@ -26,3 +28,10 @@ class Budget:
     def fits(self, need_s: float) -> bool:
         """Whether so much is left."""
         return need_s <= self.left()
+
+    def allows(self, what: str) -> bool:
+        """Whether there is any time left to begin `what`, however long it takes."""
+        if self.left() > 0:
+            return True
+        self.skipped.append(what)
+        return False
