@@ -121,6 +121,15 @@ async def ask(stub: inference_pb2_grpc.InferenceStub, request: pb.GenerateReques
     return answer
 
 
+async def ask_as_alone(stub: inference_pb2_grpc.InferenceStub, alone, prompts: list[list[int]]) -> None:
+    """All prompts at once, and one of them sampled: the tokens are those of one engine."""
+    answers = await asyncio.gather(*(ask(stub, request_of(prompt)) for prompt in prompts))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer.token_ids == alone(prompt)
+    sampled = await ask(stub, request_of(prompts[1], temperature=1.0, top_k=50, seed=3))
+    assert sampled.token_ids == alone(prompts[1], temperature=1.0, top_k=50, seed=3)
+
+
 def with_stub(cluster: Cluster, scenario) -> None:
     async def main() -> None:
         async with grpc.aio.insecure_channel(cluster.address) as channel:
@@ -155,11 +164,7 @@ def test_answers_are_those_of_one_engine(cluster, alone):
     prompts = [prompt_of(length) for length in (1, 20, 200)]
 
     async def scenario(stub) -> None:
-        answers = await asyncio.gather(*(ask(stub, request_of(prompt)) for prompt in prompts))
-        for prompt, answer in zip(prompts, answers, strict=True):
-            assert answer.token_ids == alone(prompt)
-        sampled = await ask(stub, request_of(prompts[1], temperature=1.0, top_k=50, seed=3))
-        assert sampled.token_ids == alone(prompts[1], temperature=1.0, top_k=50, seed=3)
+        await ask_as_alone(stub, alone, prompts)
 
     with_stub(cluster, scenario)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_cluster import Cluster, all_free, alone, ask, take_down, with_stub
+from tests.e2e.test_cluster import Cluster, all_free, alone, ask, ask_as_alone, take_down, with_stub
 from tests.e2e.test_mini_cluster import prompt_of, request_of
 
 __all__ = ["alone"]
@@ -39,11 +39,7 @@ def test_two_ranks_answer_as_one_and_a_killed_one_costs_no_token(cluster: Cluste
     before = cluster.members()["decode-0"]["epoch"]
 
     async def scenario(stub) -> None:
-        answers = await asyncio.gather(*(ask(stub, request_of(prompt)) for prompt in prompts))
-        for prompt, answer in zip(prompts, answers, strict=True):
-            assert answer.token_ids == alone(prompt)
-        sampled = await ask(stub, request_of(prompts[1], temperature=1.0, top_k=50, seed=3))
-        assert sampled.token_ids == alone(prompts[1], temperature=1.0, top_k=50, seed=3)
+        await ask_as_alone(stub, alone, prompts)
         long = asyncio.create_task(ask(stub, request_of(prompts[1], max_tokens=300)))
         await asyncio.sleep(0.3)
         cluster.process("decode-0-engine1.log").send_signal(signal.SIGKILL)

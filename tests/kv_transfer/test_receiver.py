@@ -50,6 +50,19 @@ def is_piece(data: torch.Tensor) -> bool:
     return data.numel() < SMALL_BYTES
 
 
+def flip_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on a bit of every piece is flipped on the way."""
+    for transport in (GlooTransport, LoopbackTransport):
+        honest = transport.send
+
+        def flip(self: object, data: torch.Tensor, honest: object = honest) -> object:
+            if is_piece(data):
+                data[data.numel() // 2] ^= 0x10
+            return honest(self, data)  # type: ignore[operator]
+
+        monkeypatch.setattr(transport, "send", flip)
+
+
 def test_a_late_piece_is_dropped_and_writes_nothing(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sender does not hear the verdict, goes on, and the blocks belong to another ticket by then."""
     delivery, job = begin(two)
@@ -85,15 +98,7 @@ def test_an_abort_tells_the_owner_only_after_the_scatter_under_way(two: Two) -> 
 
 
 def test_a_damaged_piece_aborts_its_ticket_and_is_not_written(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
-    for transport in (GlooTransport, LoopbackTransport):
-        honest = transport.send
-
-        def flip(self: object, data: torch.Tensor, honest: object = honest) -> object:
-            if is_piece(data):
-                data[data.numel() // 2] ^= 0x10
-            return honest(self, data)  # type: ignore[operator]
-
-        monkeypatch.setattr(transport, "send", flip)
+    flip_bits(monkeypatch)
     delivery, _ = begin(two)
     assert delivery.at_receiver() == (TicketState.ABORTED, "digest mismatch")
     assert delivery.at_sender().reason == "digest mismatch"
@@ -113,15 +118,7 @@ def test_a_digest_that_is_known_late_still_aborts_the_ticket(two: Two, monkeypat
 
     monkeypatch.setattr(Digester, "begin", late)
     assert_usable(two)
-    for transport in (GlooTransport, LoopbackTransport):
-        honest = transport.send
-
-        def flip(self: object, data: torch.Tensor, honest: object = honest) -> object:
-            if is_piece(data):
-                data[data.numel() // 2] ^= 0x10
-            return honest(self, data)  # type: ignore[operator]
-
-        monkeypatch.setattr(transport, "send", flip)
+    flip_bits(monkeypatch)
     delivery, job = begin(two)
     assert delivery.at_receiver() == (TicketState.ABORTED, "digest mismatch")
     assert delivery.at_sender().reason == "digest mismatch"
@@ -195,14 +192,7 @@ def test_damage_on_the_way_never_reaches_a_delivered_ticket(
 
 
 def test_without_digests_damage_is_not_seen(make_node: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = LoopbackTransport.send
-
-    def flip(self: LoopbackTransport, data: torch.Tensor) -> object:
-        if is_piece(data):
-            data[0] ^= 1
-        return honest(self, data)
-
-    monkeypatch.setattr(LoopbackTransport, "send", flip)
+    flip_bits(monkeypatch)
     sender = make_node("prefill", Memory(LAYOUT, seed=1), digest="none")
     receiver = make_node("decode", Memory(LAYOUT), digest="none")
     delivery = offer(receiver, 8, [0])
