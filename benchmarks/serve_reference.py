@@ -1,15 +1,16 @@
 """What vLLM did under the same load, to set figures beside; never a result of a run of ours.
 
-Source: design/NUMBERS.md, "Two H200s serving": vLLM 0.22.0, open-loop Poisson, prompts of 2,048 tokens +- 25 %, 256
-output tokens, 20 s a rate, prefix cache off, Llama-3.1-8B shapes with random weights, measured 2026-11-22 on two NVIDIA
-H200s of one host. The ceilings are those of that day and those cards.
+Measured by us on 2026-11-22 on two NVIDIA H200s of one host (torch 2.11.0, NCCL 2.28.9): vLLM 0.22.0, open-loop
+Poisson, prompts of 2,048 tokens +- 25 %, 256 output tokens, 20 s a rate, prefix cache off, Llama-3.1-8B shapes with
+random weights. What drove vLLM is not in this repository, so these figures cannot be made again from it; they stand
+here alone, and benchmarks/RESULTS.md quotes them. The ceilings are those of that day and those cards.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-SOURCE = "vLLM 0.22.0, two H200s, 2026-11-22 (design/NUMBERS.md)"
+SOURCE = "vLLM 0.22.0, two H200s, 2026-11-22 (benchmarks/serve_reference.py)"
 COPY_BYTES_S = 4.27e12
 MATRIX_FLOP_S = 792e12
 PROMPT_LEN, OUTPUT_LEN = 2048, 256
