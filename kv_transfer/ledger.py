@@ -158,14 +158,12 @@ class TicketLedger:
             self._stopped = reason
         self.end_all(reason)
 
-    def end_all(self, reason: str, holder: Holder | None = None) -> int:
-        """Abort every ticket (of a holder, if one is named); the number of them."""
+    def end_all(self, reason: str) -> None:
+        """Abort every ticket."""
         with self._lock:
-            tickets = [ticket for ticket in self._open.values() if holder is None or holder in ticket.holders]
-            for ticket in tickets:
+            for ticket in list(self._open.values()):
                 if ticket.doom is None:
                     self._end(ticket, TicketState.ABORTED, reason)
-            return len(tickets)
 
     # -- for the pairs' data threads
 

@@ -144,8 +144,7 @@ class ReceiverPair:
             begun = list(self._begun)
             self._changed.notify_all()
         ledger, told = self._context.ledger, f"peer {self.sender} lost: {reason}"
-        num_lost = ledger.end_all(told, holder=self)
-        num_lost += sum(ledger.end(ticket_id, TicketState.ABORTED, told) for ticket_id in begun)
+        num_lost = sum(ledger.end(ticket_id, TicketState.ABORTED, told) for ticket_id in begun)
         if num_lost:
             self._context.counters.add(lost_peers=1)
         self._store.close(reason)

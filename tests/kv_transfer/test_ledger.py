@@ -204,9 +204,10 @@ def test_only_one_pair_may_bring_a_ticket(book: Book) -> None:
     other = Pair()
     assert book.ledger.begin_write(other, piece(1, 1, 8, 1)) is None
     assert other.told[0][:2] == ("t", TicketState.ABORTED)
-    assert book.ledger.end_all("lost", holder=other) == 0
-    assert book.ledger.end_all("lost", holder=book.pair) == 1
+    assert book.ledger.end("t", TicketState.ABORTED, "lost")
     assert book.end() == (TicketState.ABORTED, "lost")
+    assert book.pair.told == [("t", TicketState.ABORTED, "lost")]
+    assert len(other.told) == 1, "it holds nothing"
 
 
 @pytest.mark.parametrize(
@@ -329,12 +330,12 @@ def test_the_first_token_comes_with_the_first_heads(book: Book, halves: tuple[Pa
     assert book.end() == (TicketState.ABORTED, "the first token never came")
 
 
-def test_losing_one_pair_ends_it_and_tells_the_other(book: Book, halves: tuple[Pair, Pair]) -> None:
+def test_whoever_ends_it_tells_both(book: Book, halves: tuple[Pair, Pair]) -> None:
     for half in halves:
         write_half(book, half, num_layers=1)
-    assert book.ledger.end_all("peer lost", holder=halves[1]) == 1
+    assert book.ledger.end("t", TicketState.ABORTED, "peer lost")
     assert book.end() == (TicketState.ABORTED, "peer lost")
-    assert halves[0].told == [("t", TicketState.ABORTED, "peer lost")]
+    assert [half.told for half in halves] == [[("t", TicketState.ABORTED, "peer lost")]] * 2
 
 
 def test_a_pair_that_comes_while_the_ticket_is_ending_hears_its_end(book: Book, halves: tuple[Pair, Pair]) -> None:

@@ -138,6 +138,19 @@ def test_a_sending_rank_that_fails_ends_the_ticket_for_the_others(make_node: Mak
     assert_home(receiver, whole_kv(4, seed=9))
 
 
+def test_losing_one_of_its_pairs_ends_the_ticket_and_tells_the_other(make_node: Make) -> None:
+    sender, receiver, shared = begun(make_node, 2, 1)
+    (pair,) = sender.nodes[1]._alive
+    pair.close("the link broke")
+    state, reason = shared.received[0].get(timeout=10)  # type: ignore[misc]
+    assert state is TicketState.ABORTED
+    assert "lost" in reason
+    assert shared.sent[0].get(timeout=10).reason == reason
+    assert shared.sent[1].get(timeout=10).reason == "the link broke"
+    assert receiver.nodes[0].stats().lost_peers == 1
+    shared.assert_told_once()
+
+
 def test_a_rank_whose_heads_are_sent_by_its_copies_has_nothing_to_do(make_node: Make) -> None:
     sender = make_worker(make_node, "prefill", 1, 2, whole_kv(1, seed=3))
     receiver = make_worker(make_node, "decode", 1, 1)
