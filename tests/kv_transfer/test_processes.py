@@ -271,6 +271,9 @@ def test_a_ticket_for_a_peer_that_stands_still(cast: Cast) -> None:
 def test_a_kill_in_the_middle_of_many_tickets(cast: Cast) -> None:
     """Tickets before the kill may have come through; each of the others is lost, none hangs."""
     victim = cast.victim()
+    cast.survivor.meet(victim)
+    for node, peer in ((cast.survivor, victim), (victim, cast.survivor)):
+        node.await_pair(peer)
     deliveries = [open_ticket(cast.survivor, victim, 3 * n) for n in range(10)]
     for n, delivery in enumerate(deliveries):
         delivery.send_all()
