@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -45,6 +45,8 @@ START_S = 60.0
 STOP_S = 15.0
 EXIT_DRAINED = 0
 EXIT_FAILED = 1
+SPLIT_PROMPT_SHARE = 0.25
+"""Of a decode worker's steps, where there are prefill workers for the rest."""
 
 WORKER_COUNTERS = (
     "steps",
@@ -59,7 +61,14 @@ WORKER_COUNTERS = (
     "slow_pairs",
     "retired_pairs",
 )
-ROUTER_COUNTERS = ("outcomes", "prompt_tokens", "cached_prompt_tokens", "generated_tokens", "failed_attempts")
+ROUTER_COUNTERS = (
+    "outcomes",
+    "prompt_tokens",
+    "cached_prompt_tokens",
+    "local_prompt_tokens",
+    "generated_tokens",
+    "failed_attempts",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +85,11 @@ class WorkerSpec:
 
     def pool_config(self, config: ClusterConfig) -> PoolConfig:
         """The settings of this worker's pool."""
-        return config.prefill if self.pool == "prefill" else config.decode
+        if self.pool == "prefill":
+            return config.prefill
+        if config.mode == "split" and config.decode.prompt_share is None:
+            return replace(config.decode, prompt_share=SPLIT_PROMPT_SHARE)
+        return config.decode
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -390,4 +390,5 @@ def engine_stats(engine: Engine) -> pb.WorkerStats:
         preemptions=stats.preemptions,
         generated_tokens=stats.generated_tokens,
         findable_blocks=stats.findable_blocks,
+        prompt_tokens_per_s=engine.loop.prompt_rate.tokens_per_s,
     )

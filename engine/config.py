@@ -70,7 +70,10 @@ class EngineOptions:
     """CPU threads an engine process may use for tensor work."""
     max_step_tokens: int | None = None
     """Most tokens computed in one step: longer prompts are cut into chunks of this size; default: 512 on a CPU,
-    2,048 on a GPU."""
+    2,048 on a GPU. On a GPU the last chunk may be a quarter longer."""
+    prompt_share: float | None = None
+    """Most of a step that prompts take where streams run beside them, as a share of max_step_tokens: with a smaller one
+    streams are smoother, and prompts take longer. Default: 1, and 0.25 in the decode pool of a split cluster."""
     max_running: int = 64
     """Most sequences in one step."""
     attention: Literal["auto", "sdpa", "triton", "flash"] = "auto"
@@ -91,6 +94,8 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.prompt_share is not None and not 0 < self.prompt_share <= 1:
+            raise ValueError(f"prompt_share must be more than 0 and at most 1, got {self.prompt_share}")
         if not 0 < self.rank_timeout_s <= 3600:
             raise ValueError(f"rank_timeout_s must be more than 0 and at most 3600 seconds, got {self.rank_timeout_s}")
         if self.max_step_tokens is not None and self.max_running > self.max_step_tokens:

@@ -68,7 +68,7 @@ class Engine:
             self.pool,
             block_size=self.runner.block_size,
             root_hash=root_hash(self.model_hash, dtype, self.runner.block_size),
-            max_step_tokens=self.runner.max_step_tokens,
+            limits=self.runner.limits,
             max_running=options.max_running,
             max_model_len=self.max_model_len,
             eos_token_ids=self.runner.config.eos_token_ids,

@@ -29,7 +29,7 @@ from engine.sampler import choose_greedy
 from engine.upload import mark, offsets_of
 
 DECODE_ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-PROMPT_ROWS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+PROMPT_ROWS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048, 2304, 2560)
 MAX_PROMPTS = 16
 """Sequences of a recorded prompt step."""
 MAX_PAGES_TOKENS = 8192
@@ -122,11 +122,11 @@ class StepGraphs:
         self._inputs: StaticInputs
 
     @torch.inference_mode()
-    def record(self, max_running: int, max_step_tokens: int, on_progress: Callable[[int, int], None]) -> None:
+    def record(self, max_running: int, most_tokens: int, on_progress: Callable[[int, int], None]) -> None:
         """Record all sizes, the largest first, for they share work space; on_progress hears (done, in all)."""
         decode = _sizes(DECODE_ROWS, max_running)
         flash = isinstance(self._attention.prompts, FlashPrompts)
-        prompts = _sizes(PROMPT_ROWS, min(max_step_tokens, PROMPT_ROWS[-1])) if flash else []
+        prompts = _sizes(PROMPT_ROWS, min(most_tokens, PROMPT_ROWS[-1])) if flash else []
         most_blocks = max_running * self._max_blocks
         sizes = [offsets_of(self._decode_sizes(decode[-1]))[-1] + most_blocks]
         sizes += [offsets_of(self._prompt_sizes(rows))[-1] for rows in prompts]

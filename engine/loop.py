@@ -17,13 +17,16 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from engine.batch import LayerHook, StepPlan, StepResult
 from engine.errors import EngineError
+from engine.prompt_rate import PromptRate
 from engine.scheduler import Emitted, Scheduler
 
 log = logging.getLogger(__name__)
@@ -53,6 +56,15 @@ class Runner(Protocol):
         """Begin to compute a step; steps are computed in the order of their launches."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A step under way."""
+
+    plan: StepPlan
+    step: StepUnderWay
+    at: float
+
+
 class EngineLoop:
     """Runs one engine's steps on a thread of its own."""
 
@@ -63,7 +75,9 @@ class EngineLoop:
         self.on_idle: Callable[[], None] | None = None
         """Called when there is nothing to compute, before the thread sleeps."""
         self._runner = runner
-        self._under_way: deque[tuple[StepPlan, StepUnderWay]] = deque()
+        self.prompt_rate = PromptRate()
+        self._under_way: deque[_Launched] = deque()
+        self._updated_at = 0.0
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
 
@@ -102,7 +116,8 @@ class EngineLoop:
             plan = self.scheduler.schedule()
             if plan is not None:
                 hook = self.step_hook(plan) if self.step_hook is not None else None
-                self._under_way.append((plan, self._runner.launch(plan, hook)))
+                began = time.monotonic()
+                self._under_way.append(_Launched(plan, self._runner.launch(plan, hook), began))
             if not self._under_way:
                 return False
             ahead = self._runner.run_ahead if plan is not None else 0
@@ -120,8 +135,12 @@ class EngineLoop:
 
     def _update(self) -> list[Emitted]:
         """Wait for the oldest step under way and take in its tokens."""
-        plan, step = self._under_way.popleft()
-        return self.scheduler.update(plan, step.result())
+        launched = self._under_way.popleft()
+        result = launched.step.result()
+        now = time.monotonic()
+        self.prompt_rate.add(launched.plan, now - max(launched.at, self._updated_at))
+        self._updated_at = now
+        return self.scheduler.update(launched.plan, result)
 
     def _run(self) -> None:
         idle = True
@@ -129,9 +148,9 @@ class EngineLoop:
             idle = not self.step()
             if idle and self.on_idle is not None:
                 self.on_idle()
-        for _, step in self._under_way:  # nobody reads them any more, but their memory is in use until then
+        for launched in self._under_way:  # nobody reads them any more, but their memory is in use until then
             with contextlib.suppress(Exception):
-                step.result()
+                launched.step.result()
 
     def _take_in(self, *, wait: bool) -> bool:
         """Call everything in the inbox (waiting for the first if there is nothing else to do); False to end."""

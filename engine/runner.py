@@ -31,6 +31,7 @@ from engine.models.decoder import Decoder, Place
 from engine.parallel import TensorParallel
 from engine.sampler import Sampled, Sampler, choose_greedy
 from engine.sequence import Sequence
+from engine.step_budget import StepLimits
 from engine.upload import mark
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class ModelRunner:
         self.config = ModelConfig.load(self.source)
         self.dtype = choose_dtype(model.dtype, self.config, self.device)
         self.max_model_len = choose_max_model_len(model.max_model_len, self.config)
-        self.max_step_tokens = choose_step_tokens(options, self.device)
+        self.limits = choose_limits(options, self.device)
         self.block_size = cache.block_size or (CPU_BLOCK_SIZE if self.device.type == "cpu" else GPU_BLOCK_SIZE)
         self.run_ahead = int(options.overlap == "on" or (options.overlap == "auto" and self.device.type == "cuda"))
         self._options = options
@@ -151,7 +152,7 @@ class ModelRunner:
         """
         began = time.monotonic()
         capacity = min(self.max_model_len - 1, self.kv_cache.num_slots)
-        self._run_typical(min(self.max_step_tokens, capacity))
+        self._run_typical(min(self.limits.most_tokens, capacity))
         self.kv_cache.warm_up()
         if self.device.type == "cuda" and self._options.cuda_graphs and self._options.tensor_parallel == 1:
             self._record_graphs(on_progress or (lambda done, total: None))
@@ -159,9 +160,8 @@ class ModelRunner:
 
     def _run_typical(self, longest: int) -> None:
         """The longest chunk, and as many rows as may run, in each way of sampling."""
-        self.run(
-            StepPlan((self._share(longest),) * max(1, min(self.max_step_tokens // longest, self._options.max_running)))
-        )
+        num_prompts = max(1, min(self.limits.most_tokens // longest, self._options.max_running))
+        self.run(StepPlan((self._share(longest),) * num_prompts))
         if self.device.type == "cpu":
             for num_seqs in range(1, self._options.max_running + 1, self._row_multiple):
                 self.run(StepPlan((self._share(1),) * num_seqs))
@@ -179,7 +179,7 @@ class ModelRunner:
             return
         graphs = StepGraphs(self._decoder, self.kv_cache, self._attention, self._choices, self.max_model_len)
         with _out_of_memory_explained(self.device, "while steps were recorded"):
-            graphs.record(self._options.max_running, self.max_step_tokens, on_progress)
+            graphs.record(self._options.max_running, self.limits.most_tokens, on_progress)
         self._graphs = graphs
 
     def _share(self, num_tokens: int, params: SamplingParams | None = None) -> ScheduledSequence:
@@ -222,7 +222,7 @@ class ModelRunner:
         if configured is not None:
             return configured
         meter = PeakMeter(self.device, cache.gpu_memory_share)
-        longest = min(self.max_step_tokens, self.max_model_len - 1)
+        longest = min(self.limits.most_tokens, self.max_model_len - 1)
         self.kv_cache = self._make_cache(-(-longest // self.block_size))
         self._attention = make_attention(self._options.attention, self.kv_cache, self._num_heads)
         self._run_typical(longest)
@@ -258,11 +258,15 @@ def choose_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
-def choose_step_tokens(options: EngineOptions, device: torch.device) -> int:
-    """The most tokens of one step; a default is never less than the sequences that may run."""
-    if options.max_step_tokens is not None:
-        return options.max_step_tokens
-    return max(options.max_running, CPU_STEP_TOKENS if device.type == "cpu" else GPU_STEP_TOKENS)
+def choose_limits(options: EngineOptions, device: torch.device) -> StepLimits:
+    """How long steps may be; a default is never less than the sequences that may run.
+
+    On a GPU a small step costs as much as a larger one, so the end of a prompt is not left to one.
+    """
+    on_gpu = device.type != "cpu"
+    most = options.max_step_tokens or max(options.max_running, GPU_STEP_TOKENS if on_gpu else CPU_STEP_TOKENS)
+    mixed = max(1, int(most * (options.prompt_share or 1.0)))
+    return StepLimits(max_tokens=most, mixed_tokens=mixed, slack_tokens=most // 4 if on_gpu else 0)
 
 
 def choose_max_model_len(wanted: int | None, config: ModelConfig) -> int:

@@ -6,7 +6,7 @@
 Every sequence is the same chase of `num_computed_tokens` after `num_tokens`; whoever is one token
 behind is decoding, whoever is further behind is catching up, in chunks that fit the step's budget.
 Sequences that decode come first, so that a long prompt never holds up running streams for more
-than one chunk.
+than one chunk; how long a chunk may be is `step_budget`'s affair.
 
 Progress: a sequence is admitted only when all its known tokens have blocks, `max_model_len` fits
 the whole pool, and a sequence takes blocks only from those behind it in order (running, or waiting
@@ -31,6 +31,7 @@ from engine.batch import ScheduledSequence, StepPlan, StepResult
 from engine.block_hash import block_hashes
 from engine.block_pool import BlockPool
 from engine.sequence import PENDING, Sequence, SequenceStatus
+from engine.step_budget import StepLimits, StepShares
 
 MAX_PREEMPTIONS = 3
 """After this many a sequence is protected."""
@@ -47,7 +48,7 @@ class Scheduler:
         *,
         block_size: int,
         root_hash: bytes,
-        max_step_tokens: int,
+        limits: StepLimits,
         max_running: int,
         max_model_len: int,
         eos_token_ids: Iterable[int],
@@ -55,7 +56,7 @@ class Scheduler:
         self.pool = pool
         self.block_size = block_size
         self._root_hash = root_hash
-        self._max_step_tokens = max_step_tokens
+        self._limits = limits
         self._max_running = max_running
         self._max_model_len = max_model_len
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -169,27 +170,26 @@ class Scheduler:
 
     def _share_out(self) -> list[ScheduledSequence]:
         """Who computes how much of the next step, within its budget."""
-        shares: dict[Sequence, ScheduledSequence] = {}
-        budget = self._max_step_tokens
+        shares = StepShares(self._limits)
         for sequence in sorted(self._running, key=lambda item: (item.num_missing_tokens > 1, *_order(item))):
-            if budget == 0:
+            if shares.is_full:
                 break
             if sequence.status is not SequenceStatus.RUNNING or self._awaits_its_last(sequence):
                 continue  # preempted a moment ago, or nothing is left but to read a token
             if sequence.prefill_only and self.is_held(sequence):
                 continue
-            count = min(sequence.num_missing_tokens, budget)
-            if self._ensure_blocks(sequence, count, shares):
-                shares[sequence] = ScheduledSequence.next_of(sequence, count)
-                budget = self._max_step_tokens - sum(share.num_tokens for share in shares.values())
-        while budget > 0 and self._waiting and len(self._running) < self._max_running:
-            sequence = self._waiting[0]
+            count = shares.room_for(sequence)
+            if count and self._ensure_blocks(sequence, count, shares):
+                shares.add(sequence, count)
+        for sequence in list(self._waiting):
+            if shares.is_full or len(self._running) >= self._max_running:
+                break
+            if not shares.room_for(sequence):
+                continue  # prompts have had their part of this step, but what was received may join
             if self._awaits_its_last(sequence) or not self._admit(sequence):
                 break
-            count = min(sequence.num_missing_tokens, budget)
-            shares[sequence] = ScheduledSequence.next_of(sequence, count)
-            budget -= count
-        return list(shares.values())
+            shares.add(sequence, shares.room_for(sequence))
+        return shares.shares()
 
     def _make_way(self) -> bool:
         """Preempt the last that holds blocks where those that run wait for each other's; False if that is not so.
@@ -208,7 +208,7 @@ class Scheduler:
         return True
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Move the first waiting sequence to running if all its known tokens can have blocks."""
+        """Move a waiting sequence to running if all its known tokens can have blocks."""
         if not sequence.block_ids:
             self.take_prefix(sequence)
         missing = self.num_blocks_for(sequence.num_tokens) - len(sequence.block_ids)
@@ -221,20 +221,20 @@ class Scheduler:
             self._preempt(victim)
         sequence.block_ids += self.pool.allocate(max(0, missing))
         self._stats.cached_tokens += sequence.num_cached_tokens
-        self._waiting.pop(0)
+        self._waiting.remove(sequence)
         bisect.insort(self._running, sequence, key=_order)
         sequence.status = SequenceStatus.RUNNING
         sequence.first_step_at = sequence.first_step_at or time.monotonic()
         return True
 
-    def _ensure_blocks(self, sequence: Sequence, count: int, shares: dict[Sequence, ScheduledSequence]) -> bool:
+    def _ensure_blocks(self, sequence: Sequence, count: int, shares: StepShares) -> bool:
         """Give the sequence blocks for its next tokens, preempting younger ones if there are none."""
         missing = self.num_blocks_for(sequence.num_computed_tokens + count) - len(sequence.block_ids)
         while missing > self.pool.num_free:
             victim = self._victim(sequence)
             if victim is None:
                 return False
-            shares.pop(victim, None)
+            shares.drop(victim)
             self._preempt(victim)
         if missing > 0:
             sequence.block_ids += self.pool.allocate(missing)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from kv_transfer.config import TransferConfig
 from kv_transfer.control import MAX_PEER_BYTES, ControlConnection
 from kv_transfer.errors import PairRefusedError, PeerLostError, ProtocolError
-from kv_transfer.layout import KVLayout
+from kv_transfer.layout import HeadSlice, KVLayout
 from protos.auth import derive_key
 from protos.transfer_pb2 import ControlMessage, PairChallenge, PairHello, PairProof, PairRefused
 from protos.worker_pb2 import Layout, WorkerIdentity
@@ -44,6 +44,24 @@ class Identity:
     def to_proto(self) -> WorkerIdentity:
         """The message that names it."""
         return WorkerIdentity(worker_id=self.worker_id, epoch=self.epoch)
+
+
+@dataclass(frozen=True, slots=True)
+class Receiver:
+    """One rank of a worker that takes KV."""
+
+    identity: Identity
+    address: str
+    """host:port of its control listener."""
+    layout: KVLayout
+
+    def __str__(self) -> str:
+        rank = f" rank {self.layout.tp_rank}" if self.layout.tp_size > 1 else ""
+        return f"{self.identity}{rank}"
+
+    def heads_from(self, sender: KVLayout) -> HeadSlice:
+        """What a rank of that layout sends to it."""
+        return sender.slices_to(self.layout)[0]
 
 
 def pair_key(secret: bytes) -> bytes:

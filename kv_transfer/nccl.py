@@ -6,8 +6,8 @@ process when a peer dies: a pair's control thread bounds every wait and calls `a
 blocks for ever when the peer is gone, so a group always ends by abort, on a thread of its own. Making a group cannot
 be aborted, and waits for ever for a peer that never comes: it begins when both ends have said that they are there, and
 has a thread of its own too. Where a peer is stopped in the middle of it that thread is left behind until the peer ends;
-where a peer dies in it, NCCL keeps a few threads and descriptors until this process ends. (NCCL's non-blocking mode could
-be aborted, but costs 0.2 to 0.3 ms a send.)
+where a peer dies in it, NCCL keeps a few threads and descriptors until this process ends. (NCCL's non-blocking mode
+could be aborted, but costs 0.2 to 0.3 ms a send.)
 """
 
 from __future__ import annotations

@@ -18,12 +18,12 @@ from kv_transfer.config import TransferConfig
 from kv_transfer.context import Counters, NodeContext, PairInfo, TransferStats, means_of
 from kv_transfer.errors import PairError, TransferIntegrityError
 from kv_transfer.fan_out import FanOut, Outlet
-from kv_transfer.handshake import Handshake, Identity
+from kv_transfer.handshake import Handshake, Identity, Receiver
 from kv_transfer.jobs import SendJob
 from kv_transfer.layout import KVLayout
 from kv_transfer.ledger import TicketLedger
 from kv_transfer.peers import PeerTable
-from kv_transfer.sender import Receiver, SenderPair
+from kv_transfer.sender import SenderPair
 from kv_transfer.staging import KVMemory
 from kv_transfer.ticket import KVTicket, SendResult, TicketGrant, TicketState
 from kv_transfer.timers import Janitor

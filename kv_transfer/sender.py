@@ -17,16 +17,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 from kv_transfer.context import NodeContext, PairInfo
 from kv_transfer.control import ControlConnection, dial
 from kv_transfer.courier import Courier
 from kv_transfer.errors import PairRefusedError, PeerLostError, ProtocolError, TicketError, TransferError
-from kv_transfer.handshake import Identity
+from kv_transfer.handshake import Identity, Receiver
 from kv_transfer.jobs import SendJob
-from kv_transfer.layout import HeadSlice, KVLayout
 from kv_transfer.outgoing import Outgoing
 from kv_transfer.rendezvous import PairStore
 from kv_transfer.self_test import Measured, SelfTest, judge
@@ -45,24 +43,6 @@ class PairState(enum.Enum):
     CONNECTING = "connecting"
     READY = "ready"
     CLOSED = "closed"
-
-
-@dataclass(frozen=True, slots=True)
-class Receiver:
-    """One rank of a worker that takes KV."""
-
-    identity: Identity
-    address: str
-    """host:port of its control listener."""
-    layout: KVLayout
-
-    def __str__(self) -> str:
-        rank = f" rank {self.layout.tp_rank}" if self.layout.tp_size > 1 else ""
-        return f"{self.identity}{rank}"
-
-    def heads_from(self, sender: KVLayout) -> HeadSlice:
-        """What a rank of that layout sends to it."""
-        return sender.slices_to(self.layout)[0]
 
 
 class SenderPair:

@@ -282,7 +282,7 @@ class DecodeTiming(_message.Message):
     def __init__(self, transfer_tail_s: _Optional[float] = ..., transfer_busy_s: _Optional[float] = ..., transfer_bytes: _Optional[int] = ..., first_step_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ...) -> None: ...
 
 class WorkerStats(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_reserved", "free_blocks", "num_blocks", "waiting_tokens", "open_tickets", "steps", "computed_tokens", "cached_tokens", "preemptions", "sent_bytes", "received_bytes", "digest_mismatches", "generated_tokens", "findable_blocks", "open_sends", "num_pairs", "lost_peers", "slow_pairs", "retired_pairs")
+    __slots__ = ("num_running", "num_waiting", "num_reserved", "free_blocks", "num_blocks", "waiting_tokens", "open_tickets", "steps", "computed_tokens", "cached_tokens", "preemptions", "sent_bytes", "received_bytes", "digest_mismatches", "generated_tokens", "findable_blocks", "open_sends", "num_pairs", "lost_peers", "slow_pairs", "retired_pairs", "prompt_tokens_per_s")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_RESERVED_FIELD_NUMBER: _ClassVar[int]
@@ -304,6 +304,7 @@ class WorkerStats(_message.Message):
     LOST_PEERS_FIELD_NUMBER: _ClassVar[int]
     SLOW_PAIRS_FIELD_NUMBER: _ClassVar[int]
     RETIRED_PAIRS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_reserved: int
@@ -325,7 +326,8 @@ class WorkerStats(_message.Message):
     lost_peers: int
     slow_pairs: int
     retired_pairs: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_reserved: _Optional[int] = ..., free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., open_tickets: _Optional[int] = ..., steps: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., digest_mismatches: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., findable_blocks: _Optional[int] = ..., open_sends: _Optional[int] = ..., num_pairs: _Optional[int] = ..., lost_peers: _Optional[int] = ..., slow_pairs: _Optional[int] = ..., retired_pairs: _Optional[int] = ...) -> None: ...
+    prompt_tokens_per_s: float
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_reserved: _Optional[int] = ..., free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., open_tickets: _Optional[int] = ..., steps: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., digest_mismatches: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., findable_blocks: _Optional[int] = ..., open_sends: _Optional[int] = ..., num_pairs: _Optional[int] = ..., lost_peers: _Optional[int] = ..., slow_pairs: _Optional[int] = ..., retired_pairs: _Optional[int] = ..., prompt_tokens_per_s: _Optional[float] = ...) -> None: ...
 
 class PairInfo(_message.Message):
     __slots__ = ("peer", "direction", "state", "transport", "latency_s", "bytes_per_s", "is_slow")

@@ -151,6 +151,7 @@ class RouterApp:
     def stats(self) -> RouterStats:
         """A copy of the counters, with the gauges of this moment."""
         stats = copy.deepcopy(self._desk.stats)
+        stats.local_prompt_tokens = self._dispatcher.local_prompt_tokens
         stats.in_flight = len(self._desk.running)
         stats.queued = len(self._line)
         stats.workers = dict(Counter(info.state.value for info in self._fleet.workers()))

@@ -65,6 +65,8 @@ class Attempt:
         self._prefill = prefill
         self._context = context
         self._number = job.attempts.begin()
+        self.num_tokens = job.num_tokens
+        """Tokens to compute before the first new one."""
         self._resumed = bool(job.emitted)
         self._inbox = Inbox(job.request_id, self._number, context.max_stream_buffer, context.on_overflow)
         self._held: deque[worker_pb2.TokenOutput] = deque()
@@ -145,7 +147,7 @@ class Attempt:
         if self._prefill is not None:
             self._prefill.register(self._inbox)
             self._sending.callback(self._prefill.unregister, self._inbox)
-            self._prefill_load.enter_context(self._prefill.info.prefilling(self._job.num_tokens))
+        self._prefill_load.enter_context((self._prefill or self._decode).info.prefilling(self.num_tokens))
 
     def _abort(self, link: WorkerLink, reason: str, *, decode: bool) -> None:
         if link.info.connected:  # a worker that lost its stream aborts by itself
@@ -168,6 +170,8 @@ class Attempt:
         if isinstance(event, worker_pb2.TokenOutput):
             self._held.append(event)
             self._sending.close()  # it decodes: the KV is home, and the decode worker alone can fail this attempt
+            if self._prefill is None:
+                self._prefill_load.close()
         elif isinstance(event, worker_pb2.PrefillReply):
             self._first_token(event)
         elif self._failure is None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from router.local_prefill import LocalPrefillConfig
 
 PolicyName = Literal["round_robin", "least_loaded"]
 
@@ -18,6 +20,8 @@ class RouterConfig:
     """TCP port for clients; 0: any free one."""
     policy: PolicyName = "least_loaded"
     """How a worker is picked among those that can serve."""
+    local_prefill: LocalPrefillConfig = field(default_factory=LocalPrefillConfig)
+    """When a decode worker computes a prompt itself instead of letting it wait for a prefill worker."""
     default_max_tokens: int = 256
     """Tokens to generate when the client names no number."""
     default_deadline_s: float = 600.0

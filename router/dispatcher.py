@@ -20,6 +20,7 @@ from router.errors import AttemptFailedError, SlowClientError, UnavailableError,
 from router.fleet import Fleet
 from router.info import WorkerLife, WorkerState
 from router.job import Ending, Job
+from router.local_prefill import LocalShare
 from router.policies import Demand, Route, choose
 from router.scope import Scope
 
@@ -38,6 +39,9 @@ class Dispatcher:
         self._router_id = router_id
         self._split = split
         self._turn = 0
+        self._local_share = LocalShare(config.local_prefill.max_share)
+        self.local_prompt_tokens = 0
+        """Sent to decode workers to compute, although there are prefill workers."""
 
     async def run(self, job: Job, emit: Emit, scope: Scope) -> Ending:
         """Serve a job to its end; RouterError if that is not to be. The scope ends every wait in here."""
@@ -55,7 +59,7 @@ class Dispatcher:
                     continue
                 attempt = self._attempt(job, route, scope)
                 try:
-                    return await self._try(attempt, place, emit)
+                    return await self._try(attempt, route, place, emit)
                 except WorkerFullError as error:
                     full |= {error.worker} if error.worker is not None else attempt.took_part()
                 except AttemptFailedError as error:
@@ -63,9 +67,13 @@ class Dispatcher:
                 finally:
                     attempt.close("the request ended at the router")
 
-    async def _try(self, attempt: Attempt, place: Place, emit: Emit) -> Ending:
+    async def _try(self, attempt: Attempt, route: Route, place: Place, emit: Emit) -> Ending:
         await attempt.reserve()
         place.admitted()
+        if self._split:
+            now, is_local = asyncio.get_running_loop().time(), route.local_prefill
+            self._local_share.count(attempt.num_tokens, now, local=is_local)
+            self.local_prompt_tokens += attempt.num_tokens if is_local else 0
         ending = await attempt.follow(emit)
         self._line.news()
         return ending
@@ -115,8 +123,9 @@ class Dispatcher:
             await self._fleet.changed.wait(seen, timeout_s=left_s)
 
     def _choose(self, demand: Demand) -> Route | None:
-        workers = self._fleet.workers()
-        return choose(workers, demand, split=self._split, policy=self._config.policy, turn=self._turn)
+        config, workers = self._config, self._fleet.workers()
+        local = config.local_prefill if self._local_share.allows(demand.num_tokens) else None
+        return choose(workers, demand, split=self._split, policy=config.policy, turn=self._turn, local=local)
 
     def _nobody(self) -> UnavailableError:
         workers = self._fleet.workers()

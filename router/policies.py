@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from protos import worker_pb2
 from router.config import PolicyName
 from router.info import WorkerInfo, WorkerLife, WorkerState
+from router.local_prefill import LocalPrefillConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +43,24 @@ class Route:
         return self.prefill is None
 
 
+UNKNOWN_RATE = 0.5
+"""What a decode worker that has computed no prompt yet is taken to make of a prefill worker's rate."""
 Score = Callable[[WorkerInfo], float]
 
 
 def choose(
-    workers: Sequence[WorkerInfo], demand: Demand, *, split: bool, policy: PolicyName, turn: int
+    workers: Sequence[WorkerInfo],
+    demand: Demand,
+    *,
+    split: bool,
+    policy: PolicyName,
+    turn: int,
+    local: LocalPrefillConfig | None = None,
 ) -> Route | None:
-    """A route, or None if some role has no worker left. `turn` grows with each request, and spreads ties."""
+    """A route, or None if some role has no worker left. `turn` grows with each request, and spreads ties.
+
+    `local`: when a decode worker may compute the prompt although there is a prefill worker; None: never.
+    """
     decoders = ranked(usable(workers, demand, lambda info: info.can_decode), decode_load, policy, turn)
     if not split:
         return Route(decoders[0], None, f"{policy}: colocated") if decoders else None
@@ -59,8 +71,30 @@ def choose(
                 if len(prefillers) == 1:
                     return Route(decoder, None, f"{policy}: one worker has both roles")
             elif same_layout(prefiller, decoder):
-                return Route(decoder, prefiller, f"{policy}: split")
+                helper = sooner(decoders, prefiller, demand, local) if local is not None else None
+                return helper or Route(decoder, prefiller, f"{policy}: split")
     return None
+
+
+def sooner(
+    decoders: Sequence[WorkerInfo], prefiller: WorkerInfo, demand: Demand, local: LocalPrefillConfig
+) -> Route | None:
+    """A route with the decode worker that computes the prompt before this prefill worker would; None: it need not."""
+    rate = prefiller.stats.prompt_tokens_per_s
+    if not rate:
+        return None
+    wait_s = prefill_load(prefiller) / rate
+    free = [info for info in decoders if decode_load(info) < local.max_load]
+    if wait_s <= local.when_waiting_s or not free:
+        return None
+
+    def local_s(info: WorkerInfo) -> float:
+        return (prefill_load(info) + demand.num_tokens) / (info.stats.prompt_tokens_per_s or UNKNOWN_RATE * rate)
+
+    best = min(free, key=local_s)
+    if local_s(best) >= wait_s + demand.num_tokens / rate:
+        return None
+    return Route(best, None, f"prefilled where it is decoded: {wait_s:.2f} s to wait at {prefiller.label}")
 
 
 def usable(workers: Sequence[WorkerInfo], demand: Demand, has_role: Callable[[WorkerInfo], bool]) -> list[WorkerInfo]:

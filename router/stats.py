@@ -39,6 +39,8 @@ class RouterStats:
     """Ended requests by finish reason (`eos`, `stop`, `length`, `cancelled`) or gRPC status name."""
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
+    local_prompt_tokens: int = 0
+    """Sent to a decode worker to compute, although there are prefill workers."""
     generated_tokens: int = 0
     failed_attempts: int = 0
     """Attempts that another one replaced, or that were the last."""

@@ -10,7 +10,9 @@ import pytest
 from engine.config import CacheOptions, EngineOptions, ModelOptions
 from engine.engine import Engine, tokens_of
 from protos import inference_pb2 as pb
-from tests.mini_cluster import Answer, MiniCluster, Shape
+from router.config import RouterConfig
+from router.local_prefill import LocalPrefillConfig
+from tests.mini_cluster import DEADLINE_S, Answer, MiniCluster, Shape
 from tests.session_pair import make_request
 
 VOCAB = 400
@@ -61,6 +63,29 @@ def test_every_shape_gives_the_tokens_of_one_engine(tiny_llama, tmp_path, alone,
     shape = Shape(
         model=ModelOptions(path=str(tiny_llama)), num_prefill=num_prefill, num_decode=num_decode, colocated=colocated
     )
+    run(shape, tmp_path, scenario)
+
+
+def test_prompts_that_would_wait_are_computed_where_they_are_decoded(tiny_llama, tmp_path, alone):
+    prompts = [prompt_of(100 + index, seed=index) for index in range(24)]
+    rule = LocalPrefillConfig(max_share=0.5, when_waiting_s=0.0)
+    shape = Shape(
+        model=ModelOptions(path=str(tiny_llama)),
+        options=EngineOptions(max_step_tokens=64, max_running=32, prompt_share=0.25),
+        router=RouterConfig(port=0, local_prefill=rule),
+    )
+
+    async def scenario(cluster: MiniCluster) -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            local: list[bool] = []
+            while not 0 < sum(local) < len(local):  # the first time the router may not know the worker's rate yet
+                answers = await asyncio.gather(*(cluster.generate(request_of(prompt)) for prompt in prompts))
+                for prompt, answer in zip(prompts, answers, strict=True):
+                    assert answer.token_ids == alone(prompt)
+                local = [answer.finished.prefill_worker == answer.finished.decode_worker for answer in answers]
+        assert cluster.router.stats().local_prompt_tokens >= 100 * sum(local)
+        assert sum(local) <= 0.5 * len(local) + 1
+
     run(shape, tmp_path, scenario)
 
 

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.api import FinishReason
+from engine.batch import ScheduledSequence, StepPlan
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence, SequenceStatus
 from tests.engine.toy import ToyRunner, expected_answer, make_request, make_scheduler
@@ -28,7 +29,7 @@ class Steps:
         """What a step emitted; None if there is nothing to compute and nothing under way."""
         plan = self._scheduler.schedule()
         if plan is not None:
-            assert plan.num_tokens <= 16
+            assert plan.num_tokens <= 20
             self._under_way.append((plan, self._runner.launch(plan)))
         if not self._under_way:
             return None
@@ -83,6 +84,39 @@ def test_running_streams_come_before_a_long_prompt():
         plan = scheduler.schedule()
         assert {share.sequence.request.request_id: share.num_tokens for share in plan.shares}["short"] == 1
         scheduler.update(plan, runner.run(plan))
+
+
+def test_a_long_prompt_takes_a_bounded_part_of_each_step_beside_a_stream():
+    scheduler, runner = make_scheduler(64, mixed_tokens=5), ToyRunner(64, 4)
+    add(scheduler, "short", [1, 2], arrival=0.5, max_tokens=20)
+    scheduler.update(plan := scheduler.schedule(), runner.run(plan))
+    add(scheduler, "long", list(range(12)), arrival=1.0)
+    add(scheduler, "longer", list(range(20, 32)), arrival=2.0)
+    home = Sequence.from_request(make_request("home", [7, 8, 9]), 3.0)
+    home.block_ids = scheduler.pool.allocate(1)
+    runner.run(StepPlan((ScheduledSequence.next_of(home, 2),)))
+    home.num_computed_tokens = 2
+    sizes = []
+    for step in range(5):
+        if step == 1:
+            scheduler.add(home)
+        scheduler.update(plan := scheduler.schedule(), runner.run(plan))
+        sizes.append({share.sequence.request.request_id: share.num_tokens for share in plan.shares})
+    assert sizes[0] == {"short": 1, "long": 5}
+    assert sizes[1] == {"short": 1, "long": 5, "home": 1}
+    assert sizes[2] == {"short": 1, "long": 2, "home": 1, "longer": 3}
+    assert [step.get("longer") for step in sizes[3:]] == [5, 4]
+
+
+def test_the_end_of_a_prompt_needs_no_step_of_its_own():
+    scheduler, runner = make_scheduler(32, slack_tokens=4), ToyRunner(32, 4)
+    add(scheduler, "a", list(range(36)), arrival=1.0, max_tokens=1)
+    add(scheduler, "b", list(range(50, 60)), arrival=2.0, max_tokens=1)
+    sizes = []
+    while (plan := scheduler.schedule()) is not None:
+        sizes.append([share.num_tokens for share in plan.shares])
+        scheduler.update(plan, runner.run(plan))
+    assert sizes == [[16], [20], [10]]
 
 
 def test_equal_prefixes_are_computed_once(ahead):
@@ -276,9 +310,17 @@ requests = st.lists(
 
 
 @settings(deadline=None, max_examples=60)
-@given(requests, st.integers(10, 20), st.integers(0, 1), st.randoms(use_true_random=False))
-def test_any_mixture_ends_with_right_answers_and_free_blocks(shapes, num_blocks, run_ahead, random):
-    scheduler, runner = make_scheduler(num_blocks), ToyRunner(num_blocks, 4, run_ahead)
+@given(
+    requests,
+    st.integers(10, 20),
+    st.integers(0, 1),
+    st.sampled_from([1, 5, 16]),
+    st.sampled_from([0, 4]),
+    st.randoms(use_true_random=False),
+)
+def test_any_mixture_ends_with_right_answers_and_free_blocks(shapes, num_blocks, run_ahead, mixed, slack, random):
+    scheduler = make_scheduler(num_blocks, mixed_tokens=mixed, slack_tokens=slack)
+    runner = ToyRunner(num_blocks, 4, run_ahead)
     steps = Steps(scheduler, runner)
     prompts, aborted = {}, []
     for index, (length, answer, group, abort) in enumerate(shapes):

@@ -9,6 +9,7 @@ from engine.batch import LayerHook, OnLayer, SampledToken, StepPlan, StepResult
 from engine.block_pool import BlockPool
 from engine.scheduler import Scheduler
 from engine.sequence import PENDING, Sequence
+from engine.step_budget import StepLimits
 
 VOCAB = 50
 EOS = 49
@@ -88,8 +89,10 @@ def expected_answer(prompt: Seq[int], count: int) -> list[int]:
 
 def make_scheduler(num_blocks: int, block_size: int = 4, **options: int) -> Scheduler:
     settings = {"max_step_tokens": 16, "max_running": 4, "max_model_len": num_blocks * block_size} | options
+    most = settings.pop("max_step_tokens")
+    limits = StepLimits(most, settings.pop("mixed_tokens", most), settings.pop("slack_tokens", 0))
     pool = BlockPool(num_blocks)
-    return Scheduler(pool, block_size=block_size, root_hash=b"toy", eos_token_ids=[EOS], **settings)
+    return Scheduler(pool, block_size=block_size, root_hash=b"toy", limits=limits, eos_token_ids=[EOS], **settings)
 
 
 def make_request(name: str, prompt: Seq[int], *, priority: int = 0, **params: object) -> GenerateRequest:

@@ -44,6 +44,8 @@ class Behaviour:
     unavailable: bool = False
     silent: bool = False
     """Like a stopped process: connections stay, nothing is said."""
+    prompt_tokens_per_s: float = 0.0
+    """What it says of itself."""
     repeat: bool = False
     """Says each token twice."""
 
@@ -133,7 +135,10 @@ class FakeWorker:
 
     def stats(self) -> worker_pb2.WorkerStats:
         return worker_pb2.WorkerStats(
-            num_running=len(self.running), num_blocks=self.num_blocks, free_blocks=self.num_blocks - len(self.running)
+            num_running=len(self.running),
+            num_blocks=self.num_blocks,
+            free_blocks=self.num_blocks - len(self.running),
+            prompt_tokens_per_s=self.behaviour.prompt_tokens_per_s,
         )
 
     def say(self, router_id: str, event: worker_pb2.AttachEvent) -> None:
