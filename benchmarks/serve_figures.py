@@ -10,7 +10,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.serve_clients import ClientResult, second_gap_s, steady_gap_s
+from cluster.load import RequestRecord
 from cluster.load_report import LoadReport, Slo, Spread, percentile, summarise
+
+EARLY_S = 20.0
+"""As long as the runs in `serve_reference` were."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +32,10 @@ class LoadFigures:
     """First token to second token."""
     client_lag_s: Spread | None
     """How late the clients' event loops were, every 5 ms."""
+    early_ttft_s: Spread | None
+    """TTFT of what was due in the first EARLY_S: a queue that is almost full takes longer than that to build up."""
+    local_share: float
+    """Of the answers, those whose prompt was computed by the worker that decoded it."""
 
     @classmethod
     def of(
@@ -44,6 +52,8 @@ class LoadFigures:
             report=summarise(result.load, slo),
             second_token_s=Spread.of(gap for gap in map(second_gap_s, whole) if gap is not None),
             client_lag_s=Spread.of(result.lags_s),
+            early_ttft_s=Spread.of(each.ttft_s for each in whole if each.due_s < EARLY_S and each.ttft_s is not None),
+            local_share=sum(map(_was_local, whole)) / max(1, len(whole)),
         )
 
     @property
@@ -54,6 +64,11 @@ class LoadFigures:
     def as_json(self) -> dict[str, Any]:
         """Plain values; seconds."""
         return asdict(self)
+
+
+def _was_local(record: RequestRecord) -> bool:
+    finished = record.finished
+    return finished is not None and finished.prefill_worker == finished.decode_worker
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,12 +23,13 @@ from cluster.load_report import Slo, Spread
 
 DASH = "–"
 LOAD_COLUMNS = (
-    "shape", "prompt", "rate/s", "run", "answered / failed", "TTFT p50 / p99", "1st→2nd token p50 / p99",
-    "TPOT p50 / p99", "ITL p50 / p99 / max", "output tokens/s", "goodput/s", "sent late p99", "client lag p99 / max",
+    "shape", "prompt", "rate/s", "run", "answered / failed", "TTFT p50 / p99", "of the first 20 s",
+    "1st→2nd token p50 / p99", "TPOT p50 / p99", "ITL p50 / p99 / max", "output tokens/s", "goodput/s",
+    "sent late p99", "client lag p99 / max",
 )  # fmt: skip
 PHASE_COLUMNS = (
     "shape", "prompt", "rate/s", "run", "queue", "prefill", "transfer not hidden", "first decode step", "decode",
-    "KV moved, GB", "transfer hidden",
+    "KV moved, GB", "transfer hidden", "prefilled locally",
 )  # fmt: skip
 IDLE_COLUMNS = (
     "what", "prompt", "TTFT median / p90", "over the engine alone", "1st→2nd token median / p90", "ITL median",
@@ -93,6 +94,7 @@ def load_row(figures: LoadFigures) -> list[str]:
         *_names(figures),
         f"{report.num_completed} / {failures or 0}",
         spread(report.ttft_s, "p50", "p99"),
+        spread(figures.early_ttft_s, "p50", "p99"),
         spread(figures.second_token_s, "p50", "p99"),
         spread(report.tpot_s, "p50", "p99"),
         spread(report.itl_s, "p50", "p99", "max"),
@@ -112,6 +114,7 @@ def phase_row(figures: LoadFigures) -> list[str]:
         *(ms(report.phases_s.get(name)) for name in ("queue", "prefill", "transfer", "first_decode_step", "decode")),
         f"{report.transfer_bytes / 1e9:.1f}" if hidden is not None else DASH,
         f"{hidden:.1%}" if hidden is not None else DASH,
+        f"{figures.local_share:.1%}",
     ]
 
 

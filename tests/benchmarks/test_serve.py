@@ -148,7 +148,9 @@ class TestFigures:
 
     def test_of_a_load(self):
         records = [record(float(i), 0.1, [0.03] + [0.01] * 9) for i in range(10)]
-        records.append(record(11.0, 0.3, [0.01] * 10))
+        records.append(record(21.0, 0.3, [0.01] * 10))
+        for index, each in enumerate(records):
+            each.finished.prefill_worker, each.finished.decode_worker = ("p", "d") if index else ("d", "d")
         records.append(record(12.0, 0.1, [0.01], failure=UNFINISHED))
         figures = figures_of(records)
         assert (figures.num_failed, figures.report.num_completed) == (1, 11)
@@ -159,9 +161,11 @@ class TestFigures:
         cells = dict(zip(LOAD_COLUMNS, load_row(figures), strict=True))
         assert cells["answered / failed"] == "11 / 1 UNFINISHED"
         assert cells["TTFT p50 / p99"] == "100.0 / 280.0"
+        assert cells["of the first 20 s"] == "100.0 / 100.0"
         assert cells["client lag p99 / max"] == "1.0 / 1.0"
         phases = dict(zip(PHASE_COLUMNS, phase_row(figures), strict=True))
         assert (phases["prefill"], phases["transfer hidden"]) == ("50.0", "90.0%")
+        assert phases["prefilled locally"] == "9.1%"
         assert json.loads(json.dumps(figures.as_json()))["report"]["num_completed"] == 11
 
     def test_of_a_load_that_nobody_answered(self):
