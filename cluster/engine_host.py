@@ -264,15 +264,16 @@ class HostSession:
                 (self._prefill if sequence.prefill_only else self._decode).on_output(sequence, output)
         finally:
             self._in_step = False
-            self._flush()
+            self._flush(is_news=any(sequence.prefill_only for sequence, _ in emitted))
 
     def _emit(self, router_id: str, output: pb.TokenOutput) -> None:
         self._outbox.setdefault(router_id, []).append(output)
         if not self._in_step:
             self._flush()
 
-    def _flush(self) -> None:
-        if self._outbox:
+    def _flush(self, *, is_news: bool = False) -> None:
+        """Say what there is to say, and the statistics with it; `is_news`: those in any case."""
+        if self._outbox or is_news:
             outputs = [pb.RouterOutputs(router_id=name, outputs=items) for name, items in self._outbox.items()]
             self._outbox = {}
             self._send(pb.EngineEvent(step=pb.StepEvent(outputs=outputs, stats=self.stats())))

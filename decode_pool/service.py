@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 STATS_PERIOD_S = 1.0
 """A router hears at least this often from its worker."""
+STATS_LAG_S = 0.1
+"""A router hears this soon of statistics that have changed, if not with tokens before."""
 ROUTER_SILENCE_S = 10.0
 """A router that sends no heartbeat for so long is gone."""
 MAX_QUEUED_EVENTS = 10_000
@@ -42,6 +44,8 @@ class _Attached:
     router_id: str
     queue: asyncio.Queue[pb.AttachEvent | None] = field(default_factory=asyncio.Queue)
     """None ends the stream."""
+    telling: asyncio.TimerHandle | None = None
+    """Statistics that are about to be sent."""
 
     def forget(self) -> None:
         """Drop what is queued."""
@@ -59,9 +63,10 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         self._attached: dict[str, _Attached] = {}
 
     def on_step(self, step: pb.StepEvent) -> None:
-        """Pass one engine step's tokens on, one message per router."""
+        """Pass one engine step's tokens on, one message per router; the others hear of its statistics soon."""
+        behind = dict(self._attached)
         for outputs in step.outputs:
-            router = self._attached.get(outputs.router_id)
+            router = behind.pop(outputs.router_id, None)
             if router is None:
                 continue
             if router.queue.qsize() >= MAX_QUEUED_EVENTS:
@@ -72,6 +77,10 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
                 router.queue.put_nowait(
                     pb.AttachEvent(outputs=outputs.outputs, stats=step.stats, draining=self.draining)
                 )
+        for router in behind.values():
+            if router.telling is None:
+                loop = asyncio.get_running_loop()
+                router.telling = loop.call_later(STATS_LAG_S, self._tell_stats, router)
 
     async def Attach(
         self, request_iterator: AsyncIterator[pb.AttachRequest], context: Context
@@ -100,6 +109,8 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         finally:
             for watcher in watchers:
                 watcher.cancel()
+            if router.telling is not None:
+                router.telling.cancel()
             self._detach(router)
             log.info("router %s detached", router.router_id)
 
@@ -147,6 +158,10 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             del self._attached[router.router_id]
             self._link.send(pb.EngineCommand(router_gone=pb.RouterGone(router_id=router.router_id)))
             router.queue.put_nowait(None)
+
+    def _tell_stats(self, router: _Attached) -> None:
+        router.telling = None
+        router.queue.put_nowait(pb.AttachEvent(stats=self._link.stats, draining=self.draining))
 
     async def _next_event(self, router: _Attached) -> pb.AttachEvent | None:
         """The next step's tokens, or the stats when there are none for a while; None at the end."""

@@ -50,6 +50,8 @@ class Peer:
             socket_path=str(directory / f"{name}.sock"),
         )
         self.outputs: queue.Queue[pb.TokenOutput] = queue.Queue()
+        self.told = pb.WorkerStats()
+        """The statistics that came last by themselves."""
         self._replies: dict[int, queue.Queue[pb.EngineReply]] = {}
         self._ids = itertools.count(1)
         self.host.start()
@@ -98,6 +100,7 @@ class Peer:
         if event.WhichOneof("event") == "reply":
             self._replies.pop(event.reply.call_id).put(event.reply)
         else:
+            self.told = event.step.stats
             for router in event.step.outputs:
                 for output in router.outputs:
                     self.outputs.put(output)

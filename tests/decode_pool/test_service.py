@@ -123,3 +123,23 @@ def test_a_drain_sees_what_was_asked_for_a_moment_ago(tiny_llama, tmp_path):
         assert await worker.front.drain(10.0)
 
     run(tiny_llama, tmp_path, scenario)
+
+
+def test_a_router_hears_soon_what_another_ones_tokens_changed(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(service, "STATS_PERIOD_S", 60.0)
+
+    async def scenario(worker, stub):
+        call = await attach(stub)
+        other = stub.Attach(metadata=METADATA)
+        await other.write(pb.AttachRequest(hello=pb.AttachHello(router_id="other")))
+        assert (await other.read()).stats.generated_tokens == 0
+        await reserve(worker, stub, "mine", local_prefill=True)
+        heard = 0
+        while (event := await other.read()).stats.generated_tokens < 150:
+            assert not event.outputs
+            heard += 1
+        assert heard < 150, "not for each step"
+        call.cancel()
+        other.cancel()
+
+    run(tiny_llama, tmp_path, scenario)

@@ -94,6 +94,8 @@ def test_a_ticket_behind_its_prompt(pair: Pair, alone: Callable[[GenerateRequest
     wait_until(lambda: prefill.session.stats().num_waiting == 1)
     prefill.session.handle(pb.EngineCommand(ticket=ask_reserve(decode, request, None)))
     assert tokens(replies, decode, request) == alone(request)
+    wait_until(lambda: prefill.told.computed_tokens >= 40)  # routers choose by it, and a prompt is news
+    assert prefill.told.prompt_tokens_per_s > 0
 
 
 @pytest.mark.parametrize("first", ["prompt", "ticket"])
