@@ -17,6 +17,7 @@ from collections.abc import Callable
 from decode_pool.config import DecodeOptions
 from decode_pool.worker import DecodeWorker
 from engine.batch import LayerHook, StepPlan
+from engine.block_log import BlockLog
 from engine.engine import Engine
 from engine.errors import CapacityError, EngineError, InvalidRequestError
 from engine.ipc import EngineServer, Send
@@ -242,11 +243,14 @@ class HostSession:
     def _take_loop(self) -> None:
         assert self._prefill is not None
         self._engine.scheduler.is_held = self._prefill.must_pause
+        self._engine.pool.log = BlockLog(self._engine.pool.contents())
         self._engine.loop.step_hook = self._before_step
         self._engine.loop.on_step = self._after_step
+        self._flush()
 
     def _check_closed(self) -> None:
         """Every block of the epoch is back, or the engine says which is not."""
+        self._engine.pool.log = None
         if self._prefill is not None and self._decode is not None:
             self._engine.check_integrity([*self._prefill.holders(), *self._decode.holders()])
 
@@ -273,10 +277,11 @@ class HostSession:
 
     def _flush(self, *, is_news: bool = False) -> None:
         """Say what there is to say, and the statistics with it; `is_news`: those in any case."""
-        if self._outbox or is_news:
+        blocks = self._engine.pool.log.take() if self._engine.pool.log is not None else None
+        if self._outbox or is_news or blocks is not None:
             outputs = [pb.RouterOutputs(router_id=name, outputs=items) for name, items in self._outbox.items()]
             self._outbox = {}
-            self._send(pb.EngineEvent(step=pb.StepEvent(outputs=outputs, stats=self.stats())))
+            self._send(pb.EngineEvent(step=pb.StepEvent(outputs=outputs, stats=self.stats(), blocks=blocks)))
 
     def _on_loop(self, command: pb.EngineCommand) -> None:
         prefill, decode = self._prefill, self._decode

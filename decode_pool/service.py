@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc
 
+from engine.block_log import BlockMirror, joined
 from engine.ipc import EngineGoneError
 from engine.link import EngineLink
 from protos import worker_pb2 as pb
@@ -46,6 +47,17 @@ class _Attached:
     """None ends the stream."""
     telling: asyncio.TimerHandle | None = None
     """Statistics that are about to be sent."""
+    blocks: pb.BlockEvents | None = None
+    """Block events that are to be sent with the next message."""
+
+    def add_blocks(self, events: pb.BlockEvents) -> None:
+        """Have block events sent."""
+        self.blocks = events if self.blocks is None or events.is_snapshot else joined(self.blocks, events)
+
+    def take_blocks(self) -> pb.BlockEvents | None:
+        """What is to be sent of them now."""
+        blocks, self.blocks = self.blocks, None
+        return blocks
 
     def forget(self) -> None:
         """Drop what is queued."""
@@ -61,9 +73,14 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         """Whether new reservations are refused."""
         self._link = link
         self._attached: dict[str, _Attached] = {}
+        self._mirror = BlockMirror()
 
     def on_step(self, step: pb.StepEvent) -> None:
         """Pass one engine step's tokens on, one message per router; the others hear of its statistics soon."""
+        if step.HasField("blocks"):
+            self._mirror.apply(step.blocks)
+            for attached in self._attached.values():
+                attached.add_blocks(step.blocks)
         behind = dict(self._attached)
         for outputs in step.outputs:
             router = behind.pop(outputs.router_id, None)
@@ -74,13 +91,13 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
                 router.forget()
                 self._detach(router)
             else:
-                router.queue.put_nowait(
-                    pb.AttachEvent(outputs=outputs.outputs, stats=step.stats, draining=self.draining)
-                )
-        for router in behind.values():
-            if router.telling is None:
+                event = pb.AttachEvent(outputs=outputs.outputs, stats=step.stats, draining=self.draining)
+                event.MergeFrom(pb.AttachEvent(blocks=router.take_blocks()))
+                router.queue.put_nowait(event)
+        for attached in behind.values():
+            if attached.telling is None:
                 loop = asyncio.get_running_loop()
-                router.telling = loop.call_later(STATS_LAG_S, self._tell_stats, router)
+                attached.telling = loop.call_later(STATS_LAG_S, self._tell_stats, attached)
 
     async def Attach(
         self, request_iterator: AsyncIterator[pb.AttachRequest], context: Context
@@ -103,7 +120,12 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         ]
         log.info("router %s attached", router.router_id)
         try:
-            yield pb.AttachEvent(description=self._link.description, stats=self._link.stats, draining=self.draining)
+            yield pb.AttachEvent(
+                description=self._link.description,
+                stats=self._link.stats,
+                draining=self.draining,
+                blocks=self._mirror.snapshot(),
+            )
             while (event := await self._next_event(router)) is not None:
                 yield event
         finally:
@@ -161,7 +183,15 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
 
     def _tell_stats(self, router: _Attached) -> None:
         router.telling = None
-        router.queue.put_nowait(pb.AttachEvent(stats=self._link.stats, draining=self.draining))
+        router.queue.put_nowait(self._news_for(router))
+
+    def _news_for(self, router: _Attached) -> pb.AttachEvent:
+        return pb.AttachEvent(
+            stats=self._link.stats,
+            draining=self.draining,
+            blocks=router.take_blocks(),
+            pair_bytes_per_s=self._link.pair_bytes_per_s,
+        )
 
     async def _next_event(self, router: _Attached) -> pb.AttachEvent | None:
         """The next step's tokens, or the stats when there are none for a while; None at the end."""
@@ -169,16 +199,18 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             async with asyncio.timeout(STATS_PERIOD_S):
                 return await router.queue.get()
         except TimeoutError:
-            return pb.AttachEvent(stats=self._link.stats, draining=self.draining)
+            return self._news_for(router)
 
     async def _hear(self, requests: AsyncIterator[pb.AttachRequest], router: _Attached) -> None:
-        """Renew the router's leases with each heartbeat; end the stream when they stop."""
+        """Renew the router's leases with each heartbeat, tell it anew what it missed; end the stream when they stop."""
         renew = pb.EngineCommand(renew=pb.RenewLeases(router_id=router.router_id))
         with contextlib.suppress(TimeoutError, StopAsyncIteration, grpc.aio.AioRpcError):
             while True:
                 async with asyncio.timeout(ROUTER_SILENCE_S):
-                    await anext(requests)
+                    heartbeat = (await anext(requests)).heartbeat
                 self._link.send(renew)
+                if heartbeat.wants_blocks:
+                    router.add_blocks(self._mirror.snapshot())
         self._detach(router)
 
     async def _end_with_epoch(self, router: _Attached) -> None:

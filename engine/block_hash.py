@@ -8,7 +8,8 @@ different salts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import xxhash
@@ -36,3 +37,12 @@ def block_hashes(token_ids: Sequence[int], block_size: int, root: bytes) -> list
         parent = bytes(xxhash.xxh3_128_digest(parent + packed[start : start + stride]))
         hashes.append(parent)
     return hashes
+
+
+def each_block_hash(token_ids: Sequence[int], block_size: int, root: bytes) -> Iterator[bytes]:
+    """The same one by one, for those who may not want all."""
+    pack = struct.Struct(f"<{block_size}i").pack
+    parent = root
+    for start in range(0, len(token_ids) - block_size + 1, block_size):
+        parent = bytes(xxhash.xxh3_128_digest(parent + pack(*token_ids[start : start + block_size])))
+        yield parent

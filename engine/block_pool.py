@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
+from engine.block_log import BlockLog
 from engine.errors import CapacityError, IntegrityError
 
 
@@ -25,6 +26,8 @@ class BlockPool:
 
     def __init__(self, num_blocks: int, *, prefix_caching: bool = True) -> None:
         self.num_blocks = num_blocks
+        self.log: BlockLog | None = None
+        """Hears which contents can be found, and which no longer."""
         self._prefix_caching = prefix_caching
         self._references = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
@@ -80,9 +83,18 @@ class BlockPool:
             return
         self._hash_of[block] = content
         self._block_of[content] = block
+        if self.log is not None:
+            self.log.stored(content)
+
+    def contents(self) -> list[bytes]:
+        """The hashes of all that can be found."""
+        return list(self._block_of)
 
     def forget_all(self) -> None:
         """Give out no content of before any more: it may be as wrong as what was just found to be."""
+        if self.log is not None:
+            for content in self._block_of:
+                self.log.evicted(content)
         self._block_of.clear()
         self._hash_of = [None] * self.num_blocks
         self._free.update(self._findable)
@@ -131,3 +143,5 @@ class BlockPool:
         if content is not None:
             del self._block_of[content]
             self._hash_of[block] = None
+            if self.log is not None:
+                self.log.evicted(content)

@@ -51,6 +51,8 @@ class EngineLink:
         self.stats = pb.WorkerStats()
         self.pairs: list[pb.PairInfo] = []
         """The worker's pairs, as of the last ping."""
+        self.pair_bytes_per_s = 0.0
+        """Mean of what the self-tests of those gave that bring it KV; 0 while there is none."""
         self.started = asyncio.Event()
         """Set while STARTED."""
         self.lost = asyncio.Event()
@@ -146,6 +148,8 @@ class EngineLink:
         while not client.closed.is_set():
             reply = await client.call(pb.EngineCommand(renew=pb.RenewLeases()), PING_TIMEOUT_S)
             self.pairs = list(reply.pairs)
+            rates = [pair.bytes_per_s for pair in reply.pairs if pair.direction == "from" and pair.bytes_per_s]
+            self.pair_bytes_per_s = sum(rates) / len(rates) if rates else 0.0
             await self._tell(reply.stats)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(PING_PERIOD_S):

@@ -208,8 +208,10 @@ class AttachHello(_message.Message):
     def __init__(self, router_id: _Optional[str] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("wants_blocks",)
+    WANTS_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    wants_blocks: bool
+    def __init__(self, wants_blocks: _Optional[bool] = ...) -> None: ...
 
 class AttachRequest(_message.Message):
     __slots__ = ("hello", "heartbeat")
@@ -347,17 +349,35 @@ class PairInfo(_message.Message):
     is_slow: bool
     def __init__(self, peer: _Optional[str] = ..., direction: _Optional[str] = ..., state: _Optional[str] = ..., transport: _Optional[str] = ..., latency_s: _Optional[float] = ..., bytes_per_s: _Optional[float] = ..., is_slow: _Optional[bool] = ...) -> None: ...
 
+class BlockEvents(_message.Message):
+    __slots__ = ("after", "number", "stored", "evicted", "is_snapshot")
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_FIELD_NUMBER: _ClassVar[int]
+    IS_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    after: int
+    number: int
+    stored: _containers.RepeatedScalarFieldContainer[int]
+    evicted: _containers.RepeatedScalarFieldContainer[int]
+    is_snapshot: bool
+    def __init__(self, after: _Optional[int] = ..., number: _Optional[int] = ..., stored: _Optional[_Iterable[int]] = ..., evicted: _Optional[_Iterable[int]] = ..., is_snapshot: _Optional[bool] = ...) -> None: ...
+
 class AttachEvent(_message.Message):
-    __slots__ = ("description", "outputs", "stats", "draining")
+    __slots__ = ("description", "outputs", "stats", "draining", "blocks", "pair_bytes_per_s")
     DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    PAIR_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     description: WorkerDescription
     outputs: _containers.RepeatedCompositeFieldContainer[TokenOutput]
     stats: WorkerStats
     draining: bool
-    def __init__(self, description: _Optional[_Union[WorkerDescription, _Mapping]] = ..., outputs: _Optional[_Iterable[_Union[TokenOutput, _Mapping]]] = ..., stats: _Optional[_Union[WorkerStats, _Mapping]] = ..., draining: _Optional[bool] = ...) -> None: ...
+    blocks: BlockEvents
+    pair_bytes_per_s: float
+    def __init__(self, description: _Optional[_Union[WorkerDescription, _Mapping]] = ..., outputs: _Optional[_Iterable[_Union[TokenOutput, _Mapping]]] = ..., stats: _Optional[_Union[WorkerStats, _Mapping]] = ..., draining: _Optional[bool] = ..., blocks: _Optional[_Union[BlockEvents, _Mapping]] = ..., pair_bytes_per_s: _Optional[float] = ...) -> None: ...
 
 class StartEngine(_message.Message):
     __slots__ = ("identity",)
@@ -462,9 +482,11 @@ class EngineEvent(_message.Message):
     def __init__(self, reply: _Optional[_Union[EngineReply, _Mapping]] = ..., step: _Optional[_Union[StepEvent, _Mapping]] = ...) -> None: ...
 
 class StepEvent(_message.Message):
-    __slots__ = ("outputs", "stats")
+    __slots__ = ("outputs", "stats", "blocks")
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
     outputs: _containers.RepeatedCompositeFieldContainer[RouterOutputs]
     stats: WorkerStats
-    def __init__(self, outputs: _Optional[_Iterable[_Union[RouterOutputs, _Mapping]]] = ..., stats: _Optional[_Union[WorkerStats, _Mapping]] = ...) -> None: ...
+    blocks: BlockEvents
+    def __init__(self, outputs: _Optional[_Iterable[_Union[RouterOutputs, _Mapping]]] = ..., stats: _Optional[_Union[WorkerStats, _Mapping]] = ..., blocks: _Optional[_Union[BlockEvents, _Mapping]] = ...) -> None: ...

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from router.local_prefill import LocalPrefillConfig
+from router.reckoning import KvAwareConfig
 
-PolicyName = Literal["round_robin", "least_loaded"]
+PolicyName = Literal["round_robin", "least_loaded", "kv_aware"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,8 +19,11 @@ class RouterConfig:
     """Interface to listen on."""
     port: int = 50051
     """TCP port for clients; 0: any free one."""
-    policy: PolicyName = "least_loaded"
-    """How a worker is picked among those that can serve."""
+    policy: PolicyName = "kv_aware"
+    """How a worker is picked among those that can serve. round_robin: in turn; least_loaded: by what waits or runs
+    there; kv_aware: by the time to the first token that is to be expected, with what each holds of the prompt."""
+    kv_aware: KvAwareConfig = field(default_factory=KvAwareConfig)
+    """How the policy kv_aware weighs."""
     local_prefill: LocalPrefillConfig = field(default_factory=LocalPrefillConfig)
     """When a decode worker computes a prompt itself instead of letting it wait for a prefill worker."""
     default_max_tokens: int = 256
@@ -64,8 +68,8 @@ class RouterConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port must be between 0 and 65535, got {self.port}")
-        if self.policy not in ("round_robin", "least_loaded"):
-            raise ValueError(f"policy must be round_robin or least_loaded, got {self.policy!r}")
+        if self.policy not in get_args(PolicyName):
+            raise ValueError(f"policy must be one of {', '.join(get_args(PolicyName))}, got {self.policy!r}")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key must be set together, only one of them is")
         for name in ("default_max_tokens", "max_request_bytes", "max_stream_buffer", "max_attempts"):

@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
+from engine.block_hash import each_block_hash
+from engine.block_log import key_of
 from router.admission import Line, Place
 from router.attempt import Attempt, AttemptContext, Emit
 from router.background import Background
 from router.config import RouterConfig
 from router.errors import AttemptFailedError, SlowClientError, UnavailableError, WorkerFullError
 from router.fleet import Fleet
-from router.info import WorkerLife, WorkerState
+from router.info import WorkerInfo, WorkerLife, WorkerState
 from router.job import Ending, Job
 from router.local_prefill import LocalShare
 from router.policies import Demand, Route, choose
+from router.prefix_index import NOTHING_KNOWN, KnownPrefix
 from router.scope import Scope
 
 logger = logging.getLogger(__name__)
@@ -71,9 +75,8 @@ class Dispatcher:
         await attempt.reserve()
         place.admitted()
         if self._split:
-            now, is_local = asyncio.get_running_loop().time(), route.local_prefill
-            self._local_share.count(attempt.num_tokens, now, local=is_local)
-            self.local_prompt_tokens += attempt.num_tokens if is_local else 0
+            self._local_share.count(attempt.num_tokens, route.local_tokens, asyncio.get_running_loop().time())
+            self.local_prompt_tokens += route.local_tokens
         ending = await attempt.follow(emit)
         self._line.news()
         return ending
@@ -112,7 +115,7 @@ class Dispatcher:
         loop = asyncio.get_running_loop()
         while True:
             seen = self._fleet.changed.version
-            demand = Demand(job.num_tokens, job.attempts.excluded, full, job.attempts.avoided)
+            demand = Demand(job.num_tokens, job.attempts.excluded, full, job.attempts.avoided, self._find_prefix(job))
             if (route := self._choose(demand)) is not None:
                 return route
             if full and self._choose(replace(demand, full=frozenset())) is not None:
@@ -123,9 +126,33 @@ class Dispatcher:
             await self._fleet.changed.wait(seen, timeout_s=left_s)
 
     def _choose(self, demand: Demand) -> Route | None:
-        config, workers = self._config, self._fleet.workers()
-        local = config.local_prefill if self._local_share.allows(demand.num_tokens) else None
-        return choose(workers, demand, split=self._split, policy=config.policy, turn=self._turn, local=local)
+        some = self._fleet.roster.candidates(demand.prefix)
+        route = self._choose_among(some, demand)
+        if route is None and len(some) < len(everybody := self._fleet.workers()):
+            route = self._choose_among(everybody, demand)
+        return route
+
+    def _choose_among(self, workers: Sequence[WorkerInfo], demand: Demand) -> Route | None:
+        config = self._config
+        return choose(
+            workers,
+            demand,
+            split=self._split,
+            policy=config.policy,
+            turn=self._turn,
+            weights=config.kv_aware,
+            local=config.local_prefill,
+            allows=self._local_share.allows,
+        )
+
+    def _find_prefix(self, job: Job) -> KnownPrefix:
+        """Who holds how much of a job's tokens."""
+        tokens = job.prompt_token_ids + job.emitted if job.emitted else job.prompt_token_ids
+        found = [
+            self._fleet.prefixes.find(map(key_of, each_block_hash(tokens, size, root)), size)
+            for root, size in self._fleet.roster.chains
+        ]
+        return max(found, key=lambda prefix: len(prefix.levels), default=NOTHING_KNOWN)
 
     def _nobody(self) -> UnavailableError:
         workers = self._fleet.workers()

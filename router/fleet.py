@@ -15,6 +15,8 @@ from router.background import Background
 from router.config import RouterConfig
 from router.errors import StoreUnavailableError
 from router.info import WorkerInfo, WorkerState
+from router.prefix_index import PrefixIndex
+from router.roster import Roster
 from router.store import FleetStore, WorkerRecord
 from router.wakeup import Signal
 from router.workers import WorkerLink
@@ -36,6 +38,8 @@ class Fleet:
     ) -> None:
         self.changed = Signal()
         """A worker came, went or changed its state."""
+        self.prefixes = PrefixIndex()
+        """Who holds the KV of what."""
         self.changed_at = 0.0
         """When that last happened, on the loop's clock."""
         self._store = store
@@ -44,6 +48,8 @@ class Fleet:
         self._worker_key = worker_key
         self._on_room = on_room
         self._links: dict[str, WorkerLink] = {}
+        self._roster = Roster([])
+        self._roster_version = -1
         self._background = Background()
 
     async def start(self) -> None:
@@ -59,6 +65,13 @@ class Fleet:
     def workers(self) -> list[WorkerInfo]:
         """What is known of every worker."""
         return [link.info for link in self._links.values()]
+
+    @property
+    def roster(self) -> Roster:
+        """Those of them that are READY."""
+        if self._roster_version != self.changed.version:
+            self._roster, self._roster_version = Roster(self.workers()), self.changed.version
+        return self._roster
 
     def link(self, info: WorkerInfo) -> WorkerLink:
         """The connection to a worker that `workers` gave in this same moment."""
@@ -106,6 +119,7 @@ class Fleet:
             worker_key=self._worker_key,
             on_change=self._worker_changed,
             on_room=self._on_room,
+            prefixes=self.prefixes,
         )
         self._links[record.worker_id] = link
         link.start()

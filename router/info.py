@@ -49,6 +49,8 @@ class WorkerInfo:
     """Connections made so far."""
     description: worker_pb2.WorkerDescription = field(default_factory=worker_pb2.WorkerDescription)
     stats: worker_pb2.WorkerStats = field(default_factory=worker_pb2.WorkerStats)
+    pair_bytes_per_s: float = 0.0
+    """How fast KV comes to it, by the self-tests of its pairs; 0 while that is not known."""
     num_decoding: int = 0
     """Requests this router has in this worker's decode craft."""
     prefill_tokens: int = 0
@@ -86,6 +88,13 @@ class WorkerInfo:
             yield
         finally:
             self.prefill_tokens -= num_tokens
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """Bytes of one token's KV."""
+        layout = self.description.layout
+        size = 4 if layout.dtype == "float32" else 2
+        return 2 * layout.num_layers * layout.num_kv_heads * layout.head_dim * size
 
     @property
     def can_prefill(self) -> bool:

@@ -1,13 +1,22 @@
-"""When a decode worker computes a prompt itself: the prefill pool is behind, and it has room.
+"""When a decode worker computes a prompt itself instead of a prefill worker.
 
-Its running streams pay for it, with steps that are longer by a bounded chunk (`prompt_share` of the engine), so it is
-for queues that a moment makes, and its share of all prompt tokens has a limit.
+    short    few of its tokens are not cached there
+    held     it holds more of the prompt than the prefill worker does, as after an answer that it gave itself
+    waits    the prompt would wait too long for a prefill worker
+
+and, but for short ones, only if its first token is to come sooner so. The worker's running streams pay for it with
+steps that are longer by a bounded chunk (`prompt_share` of the engine); so it must have room, and what is computed this
+way has a limit as a share of all prompt tokens.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from router.info import WorkerInfo
+from router.reckoning import Reckoning, decode_load
 
 MEMORY_S = 30.0
 """Seconds after which what was sent where counts half."""
@@ -18,9 +27,11 @@ class LocalPrefillConfig:
     """When decode workers compute prompts themselves (mode split)."""
 
     max_share: float = 0.25
-    """Most of the prompt tokens that decode workers compute, as a share; 0: none."""
+    """Most that decode workers compute of all prompt tokens, as a share; 0: nothing."""
+    short_tokens: int = 32
+    """A prompt of which no more than so many tokens are missing on a decode worker is computed there."""
     when_waiting_s: float = 0.25
-    """Only where a prompt would wait longer than this, in seconds, for the least busy prefill worker."""
+    """So is one that would wait longer than this, in seconds, for the least busy prefill worker."""
     max_load: float = 0.8
     """Only on a decode worker that uses less than this share of its places and of its blocks."""
 
@@ -28,8 +39,9 @@ class LocalPrefillConfig:
         for name in ("max_share", "max_load"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
-        if not self.when_waiting_s >= 0:
-            raise ValueError(f"when_waiting_s must be at least 0 seconds, got {self.when_waiting_s}")
+        for name in ("short_tokens", "when_waiting_s"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
 
 class LocalShare:
@@ -41,13 +53,33 @@ class LocalShare:
         self._local = 0.0
         self._at = 0.0
 
-    def count(self, num_tokens: int, now: float, *, local: bool) -> None:
-        """A prompt was sent off."""
+    def count(self, num_tokens: int, num_local: int, now: float) -> None:
+        """A prompt was sent off, of which so many tokens are computed by a decode worker."""
         kept = math.exp2(-max(0.0, now - self._at) / MEMORY_S)
         self._at = now
         self._all = self._all * kept + num_tokens
-        self._local = self._local * kept + (num_tokens if local else 0)
+        self._local = self._local * kept + num_local
 
-    def allows(self, num_tokens: int) -> bool:
-        """Whether one more prompt may be computed locally; what decays, decays alike."""
-        return self._local + num_tokens <= self._max_share * (self._all + num_tokens)
+    def allows(self, num_tokens: int, num_local: int) -> bool:
+        """Whether such a prompt may be computed locally; what decays, decays alike."""
+        return self._local + num_local <= self._max_share * (self._all + num_tokens)
+
+
+def why_local(
+    decoders: Sequence[WorkerInfo], prefiller: WorkerInfo, reckon: Reckoning, config: LocalPrefillConfig
+) -> tuple[WorkerInfo, str] | None:
+    """The decode worker that should compute the prompt itself, and why; None: the prefill worker does."""
+    free = [info for info in decoders if decode_load(info) < config.max_load]
+    if not free:
+        return None
+    best = min(free, key=reckon.local_s)
+    missing, wait_s = reckon.missing(best), reckon.wait_s(prefiller)
+    if missing <= config.short_tokens:
+        return best, f"{missing} tokens are missing there"
+    if reckon.local_s(best) >= reckon.prefill_s(prefiller):
+        return None
+    if missing < reckon.missing(prefiller):
+        return best, f"{missing} tokens are missing there, {reckon.missing(prefiller)} at {prefiller.label}"
+    if wait_s > config.when_waiting_s:
+        return best, f"{wait_s:.2f} s to wait at {prefiller.label}"
+    return None

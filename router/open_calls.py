@@ -74,16 +74,23 @@ class OpenCalls(Generic[Q, A]):
 
     @staticmethod
     async def _ask(call: grpc.aio.StreamStreamCall[Q, A], request: Q, rest: asyncio.Future[Q] | None) -> A | None:
-        """The reply; None if the call ended well without one: then nobody was asked."""
+        """The reply; None if the call ended well without one: then nobody was asked.
+
+        The worker may have what the rest says from elsewhere, and answer before it is there.
+        """
+        with contextlib.suppress(asyncio.InvalidStateError):  # it has just ended: reading says why
+            await call.write(request)
+        reading = asyncio.ensure_future(call.read())
         try:
-            with contextlib.suppress(asyncio.InvalidStateError):  # it has just ended: reading says why
-                await call.write(request)
-                if rest is not None:
-                    await call.write(await rest)
-            return cast(A | None, await call.read() or None)
-        except asyncio.CancelledError:
-            call.cancel()  # which a wait for `rest` does not do
-            raise
+            if rest is not None:
+                await asyncio.wait((reading, rest), return_when=asyncio.FIRST_COMPLETED)
+                if not reading.done():
+                    with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
+                        await call.write(rest.result())
+            return cast(A | None, await reading or None)
+        finally:
+            if not reading.done():
+                reading.cancel()  # and the call with it
 
     def _take(self) -> grpc.aio.StreamStreamCall[Q, A] | None:
         while self._open:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from protos import worker_pb2
 from router.config import PolicyName
 from router.info import WorkerInfo, WorkerLife, WorkerState
-from router.local_prefill import LocalPrefillConfig
+from router.local_prefill import LocalPrefillConfig, why_local
+from router.prefix_index import NOTHING_KNOWN, KnownPrefix
+from router.reckoning import KvAwareConfig, Reckoning, decode_load, prefill_load
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,8 @@ class Demand:
     """Refused it a moment ago."""
     avoided: frozenset[WorkerLife] = frozenset()
     """Had a part in a failure: only if there is no other."""
+    prefix: KnownPrefix = NOTHING_KNOWN
+    """Who holds how much of its tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,8 @@ class Route:
     prefill: WorkerInfo | None
     """None: the decode worker prefills the prompt itself."""
     reason: str
+    local_tokens: int = 0
+    """Tokens of the prompt that the decode worker computes although there is a prefill worker."""
 
     @property
     def local_prefill(self) -> bool:
@@ -43,8 +49,6 @@ class Route:
         return self.prefill is None
 
 
-UNKNOWN_RATE = 0.5
-"""What a decode worker that has computed no prompt yet is taken to make of a prefill worker's rate."""
 Score = Callable[[WorkerInfo], float]
 
 
@@ -55,46 +59,40 @@ def choose(
     split: bool,
     policy: PolicyName,
     turn: int,
+    weights: KvAwareConfig | None = None,
     local: LocalPrefillConfig | None = None,
+    allows: Callable[[int, int], bool] = lambda num_tokens, num_local: True,
 ) -> Route | None:
     """A route, or None if some role has no worker left. `turn` grows with each request, and spreads ties.
 
-    `local`: when a decode worker may compute the prompt although there is a prefill worker; None: never.
+    `local`: when a decode worker may compute a prompt although there is a prefill worker (None: never), as far as
+    `allows(tokens, of these computed there)`.
     """
-    decoders = ranked(usable(workers, demand, lambda info: info.can_decode), decode_load, policy, turn)
+    decoders = usable(workers, demand, lambda info: info.can_decode)
+    prefillers = usable(workers, demand, lambda info: info.can_prefill) if split else []
+    reckon = Reckoning.of(demand.num_tokens, demand.prefix, prefillers, weights or KvAwareConfig())
+    is_aware = policy == "kv_aware"
     if not split:
+        decoders = ranked(decoders, reckon.both_s if is_aware else decode_load, policy, turn)
         return Route(decoders[0], None, f"{policy}: colocated") if decoders else None
-    prefillers = ranked(usable(workers, demand, lambda info: info.can_prefill), prefill_load, policy, turn)
+    decoders = ranked(decoders, reckon.decode_s if is_aware else decode_load, policy, turn)
+    prefillers = ranked(prefillers, reckon.prefill_s if is_aware else prefill_load, policy, turn)
     for decoder in decoders:
         for prefiller in prefillers:
             if prefiller is decoder:
                 if len(prefillers) == 1:
                     return Route(decoder, None, f"{policy}: one worker has both roles")
             elif same_layout(prefiller, decoder):
-                helper = sooner(decoders, prefiller, demand, local) if local is not None else None
-                return helper or Route(decoder, prefiller, f"{policy}: split")
+                found = why_local(decoders, prefiller, reckon, local) if local is not None else None
+                if found is not None and allows(demand.num_tokens, reckon.missing(found[0])):
+                    return Route(found[0], None, f"prefilled where it is decoded: {found[1]}", reckon.missing(found[0]))
+                return Route(decoder, prefiller, f"{policy}: split{_hits(reckon, prefiller, decoder)}")
     return None
 
 
-def sooner(
-    decoders: Sequence[WorkerInfo], prefiller: WorkerInfo, demand: Demand, local: LocalPrefillConfig
-) -> Route | None:
-    """A route with the decode worker that computes the prompt before this prefill worker would; None: it need not."""
-    rate = prefiller.stats.prompt_tokens_per_s
-    if not rate:
-        return None
-    wait_s = prefill_load(prefiller) / rate
-    free = [info for info in decoders if decode_load(info) < local.max_load]
-    if wait_s <= local.when_waiting_s or not free:
-        return None
-
-    def local_s(info: WorkerInfo) -> float:
-        return (prefill_load(info) + demand.num_tokens) / (info.stats.prompt_tokens_per_s or UNKNOWN_RATE * rate)
-
-    best = min(free, key=local_s)
-    if local_s(best) >= wait_s + demand.num_tokens / rate:
-        return None
-    return Route(best, None, f"prefilled where it is decoded: {wait_s:.2f} s to wait at {prefiller.label}")
+def _hits(reckon: Reckoning, prefiller: WorkerInfo, decoder: WorkerInfo) -> str:
+    held = reckon.prefix.tokens_at(prefiller), reckon.prefix.tokens_at(decoder)
+    return f", {held[0]} and {held[1]} of {reckon.num_tokens} tokens are held there" if any(held) else ""
 
 
 def usable(workers: Sequence[WorkerInfo], demand: Demand, has_role: Callable[[WorkerInfo], bool]) -> list[WorkerInfo]:
@@ -109,19 +107,6 @@ def usable(workers: Sequence[WorkerInfo], demand: Demand, has_role: Callable[[Wo
         and info.life not in demand.full
     ]
     return [info for info in fit if info.life not in demand.avoided] or fit
-
-
-def prefill_load(info: WorkerInfo) -> float:
-    """Prompt tokens that wait or are computed there: its own count, or this router's if that is newer."""
-    return float(max(info.stats.waiting_tokens, info.prefill_tokens))
-
-
-def decode_load(info: WorkerInfo) -> float:
-    """The scarcer of places in the batch and blocks, as a share of what there is."""
-    stats = info.stats
-    requests = max(stats.num_running + stats.num_waiting + stats.num_reserved, info.num_decoding)
-    blocks = 1 - stats.free_blocks / stats.num_blocks if stats.num_blocks else 0.0
-    return max(requests / max(info.description.max_running, 1), blocks)
 
 
 def ranked(workers: list[WorkerInfo], score: Score, policy: PolicyName, turn: int) -> list[WorkerInfo]:

@@ -24,6 +24,7 @@ from router.errors import AttemptFailedError, InvalidArgumentError, WorkerFullEr
 from router.inbox import Inbox
 from router.info import WorkerInfo, WorkerState
 from router.open_calls import OpenCalls
+from router.prefix_index import PrefixIndex
 from router.store import WorkerRecord
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class WorkerLink:
         worker_key: str,
         on_change: Callable[[], None],
         on_room: Callable[[], None],
+        prefixes: PrefixIndex,
     ) -> None:
         self.info = WorkerInfo(record.worker_id, record.epoch, record.role, record.address, record.pool)
         self._config = config
@@ -64,6 +66,9 @@ class WorkerLink:
         self._metadata = ((WORKER_METADATA_KEY, worker_key),)
         self._on_change = on_change
         self._on_room = on_room
+        self._prefixes = prefixes
+        self._wants_blocks = False
+        """Whether block events were missed."""
         self._inboxes: dict[str, Inbox] = {}
         self._next_news_at = 0.0
         self._task: asyncio.Task[None] | None = None
@@ -193,11 +198,11 @@ class WorkerLink:
 
     async def _beat(self, stream: AttachCall) -> None:
         """Send heartbeats until the stream ends, which its reader notices."""
-        heartbeat = worker_pb2.AttachRequest(heartbeat=worker_pb2.Heartbeat())
         while not stream.done():
             await asyncio.sleep(self._config.heartbeat_s)
+            wants_blocks, self._wants_blocks = self._wants_blocks, False
             try:
-                await stream.write(heartbeat)
+                await stream.write(worker_pb2.AttachRequest(heartbeat=worker_pb2.Heartbeat(wants_blocks=wants_blocks)))
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 return
 
@@ -227,6 +232,10 @@ class WorkerLink:
                 inbox.put_output(output)
         if event.HasField("stats"):
             self._learn(event.stats)
+        if event.HasField("blocks") and not self._prefixes.apply(self.info, event.blocks):
+            logger.info("block events are missing: asking for all", extra={"worker": self.info.label})
+            self._wants_blocks = True
+        self.info.pair_bytes_per_s = event.pair_bytes_per_s or self.info.pair_bytes_per_s
         if event.draining and self.info.state is WorkerState.READY:
             self.info.state = WorkerState.DRAINING
             self._on_change()
@@ -245,6 +254,7 @@ class WorkerLink:
             logger.debug("no connection: %s", why, extra={"worker": self.info.label})
             return
         self.info.state = WorkerState.LOST
+        self._prefixes.forget(self.info)
         self.info.stats = worker_pb2.WorkerStats()
         inboxes, self._inboxes = self._inboxes, {}
         level = logging.INFO if self._leaving else logging.WARNING

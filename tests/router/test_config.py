@@ -11,7 +11,7 @@ from router.config import RouterConfig
     ("setting", "said"),
     [
         ({"port": 70000}, "port must be between"),
-        ({"policy": "fastest"}, "round_robin or least_loaded"),
+        ({"policy": "fastest"}, "one of round_robin, least_loaded, kv_aware"),
         ({"tls_cert": "c"}, "together"),
         ({"max_attempts": 0}, "max_attempts must be at least 1"),
         ({"max_queued": -1}, "max_queued must be at least 0"),

@@ -31,6 +31,9 @@ class Worker(worker_pb2_grpc.DecodeWorkerServicer):
             if request.router_id == "in parts":
                 request.MergeFrom(await anext(request_iterator))
                 self.whole.append((request.router_id, request.epoch))
+            if request.router_id == "knows":
+                yield worker_pb2.ReserveReply(cached_tokens=7)
+                return
             if request.router_id == "full":
                 await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "no blocks")
             if request.router_id == "slow":
@@ -162,6 +165,25 @@ def test_what_never_comes_is_not_waited_for_longer():
         async with calls_to(worker) as calls:
             with pytest.raises(TimeoutError):
                 await calls.ask(request("in parts"), 0.1, asyncio.get_running_loop().create_future())
+            assert worker.called == []
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.001, 0.05])
+def test_an_answer_that_comes_before_the_rest_of_the_request(pause_s):
+    """The rest may be written while the call ends, or behind its end."""
+
+    async def scenario():
+        worker = Worker()
+        async with calls_to(worker) as calls:
+            for _ in range(50):
+                calls.fill()
+                rest = asyncio.get_running_loop().create_future()
+                asking = asyncio.create_task(calls.ask(request("knows"), 10, rest))
+                await asyncio.sleep(pause_s)
+                rest.set_result(worker_pb2.ReserveRequest(epoch=7))
+                assert (await asking).cached_tokens == 7
             assert worker.called == []
 
     asyncio.run(scenario())
