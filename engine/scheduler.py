@@ -5,8 +5,8 @@
 
 Every sequence is the same chase of `num_computed_tokens` after `num_tokens`; whoever is one token
 behind is decoding, whoever is further behind is catching up, in chunks that fit the step's budget.
-Sequences that decode come first, so that a long prompt never holds up running streams for more
-than one chunk; how long a chunk may be is `step_budget`'s affair.
+Sequences that decode, and those whose KV was received and that are about to, come first, so that a long
+prompt never holds them up for more than one chunk; how long a chunk may be is `step_budget`'s affair.
 
 Progress: a sequence is admitted only when all its known tokens have blocks, `max_model_len` fits
 the whole pool, and a sequence takes blocks only from those behind it in order (running, or waiting
@@ -171,7 +171,18 @@ class Scheduler:
     def _share_out(self) -> list[ScheduledSequence]:
         """Who computes how much of the next step, within its budget."""
         shares = StepShares(self._limits)
-        for sequence in sorted(self._running, key=lambda item: (item.num_missing_tokens > 1, *_order(item))):
+        running = sorted(self._running, key=lambda item: (item.num_missing_tokens > 1, *_order(item)))
+        num_generating = sum(item.num_missing_tokens <= 1 for item in running)
+        received = [item for item in self._waiting if item.num_missing_tokens == 1 and item.block_ids]
+        self._share_among(running[:num_generating], shares)
+        self._share_with_new(received, shares)
+        self._share_among(running[num_generating:], shares)
+        self._share_with_new(list(self._waiting), shares)
+        return shares.shares()
+
+    def _share_among(self, running: Iterable[Sequence], shares: StepShares) -> None:
+        """Give sequences that run their part."""
+        for sequence in running:
             if shares.is_full:
                 break
             if sequence.status is not SequenceStatus.RUNNING or self._awaits_its_last(sequence):
@@ -181,7 +192,10 @@ class Scheduler:
             count = shares.room_for(sequence)
             if count and self._ensure_blocks(sequence, count, shares):
                 shares.add(sequence, count)
-        for sequence in list(self._waiting):
+
+    def _share_with_new(self, waiting: Iterable[Sequence], shares: StepShares) -> None:
+        """Let sequences begin to run, in order, as far as there is room in the step and among blocks and places."""
+        for sequence in waiting:
             if shares.is_full or len(self._running) >= self._max_running:
                 break
             if not shares.room_for(sequence):
@@ -189,7 +203,6 @@ class Scheduler:
             if self._awaits_its_last(sequence) or not self._admit(sequence):
                 break
             shares.add(sequence, shares.room_for(sequence))
-        return shares.shares()
 
     def _make_way(self) -> bool:
         """Preempt the last that holds blocks where those that run wait for each other's; False if that is not so.

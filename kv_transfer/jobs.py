@@ -144,6 +144,8 @@ class SendJob:
         if the tokens are not the ticket's or the layers not the model's; a settled job ignores the push.
         """
         ticket = self.ticket
+        if self.settled:
+            return
         end = first_token + len(slot_ids)
         if not (ticket.first_token <= first_token < end <= ticket.num_tokens):
             raise TicketError(

@@ -227,6 +227,7 @@ class TransferNode:
             num_tokens=grant.num_tokens,
             layout=context.layout,
             expires_in_s=context.config.ticket_lease_s,
+            owner=grant.owner,
         )
 
     def tell_granted(self, worker_id: str, epoch: int, ticket: KVTicket) -> None:

@@ -36,7 +36,8 @@ class TicketState(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class KVTicket:
-    """What the sender needs to know; travels from the decode worker through the router to the prefill worker."""
+    """What the sender needs to know; travels from the decode worker to the prefill worker, over the pair between the
+    two and through the router."""
 
     ticket_id: str
     request_id: str
@@ -54,6 +55,8 @@ class KVTicket:
     """End of the tokens whose KV travels, counted from the start of the sequence."""
     layout: KVLayout
     expires_in_s: float
+    owner: str = ""
+    """Who asked for it: a router's id."""
 
     def to_proto(self) -> worker_pb2.KVTicket:
         """The message that carries this ticket."""
@@ -68,6 +71,7 @@ class KVTicket:
             num_tokens=self.num_tokens,
             layout=self.layout.to_proto(),
             expires_in_s=self.expires_in_s,
+            router_id=self.owner,
         )
 
     @classmethod
@@ -85,6 +89,7 @@ class KVTicket:
             num_tokens=message.num_tokens,
             layout=KVLayout.from_proto(message.layout),
             expires_in_s=message.expires_in_s,
+            owner=message.router_id,
         )
 
 

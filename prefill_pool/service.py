@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 
@@ -21,6 +21,8 @@ MAX_PREFILL_S = 3600.0
 """Bound of the wait for a first token where the request has no deadline."""
 MEET_TIMEOUT_S = 5.0
 ABORT_TIMEOUT_S = 5.0
+REST_TIMEOUT_S = 10.0
+"""Longest that a refusal waits for what the router has still to write."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -33,7 +35,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         """Whether new prefills are refused."""
         self._link = link
 
-    async def Prefill(self, request: pb.PrefillRequest, context: Context) -> pb.PrefillReply:
+    async def Prefill(self, request: pb.PrefillRequest, context: Context | _RefusingLater) -> pb.PrefillReply:
         """Have the engine compute a prompt; ends with the caller if the caller goes away."""
         if self.draining:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "this worker is draining")
@@ -57,9 +59,9 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
     ) -> AsyncIterator[pb.PrefillReply]:
         """Prefill for the one request that is still to come; its ticket may follow."""
         async for request in request_iterator:
-            following = asyncio.create_task(self._hear_ticket(request_iterator), name="prefill-ticket")
+            following = asyncio.create_task(self._hear_ticket(request.request, request_iterator), name="prefill-ticket")
             try:
-                yield await self.Prefill(request, context)
+                yield await self.Prefill(request, _RefusingLater(context, following))
             finally:
                 following.cancel()
             return
@@ -86,14 +88,33 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             return pb.AbortReply(found=False)
         return reply.abort
 
-    async def _hear_ticket(self, following: AsyncIterator[pb.PrefillRequest]) -> None:
+    async def _hear_ticket(self, asked: pb.EngineRequest, following: AsyncIterator[pb.PrefillRequest]) -> None:
         """Pass on the ticket that comes behind its request."""
         async for message in following:
-            self._link.send(pb.EngineCommand(ticket=message.ticket))
+            if (message.ticket.request_id, message.ticket.attempt) == (asked.request_id, asked.attempt):
+                self._link.send(pb.EngineCommand(ticket=message.ticket))
+            return
 
     def _abort(self, request: pb.EngineRequest, reason: str) -> None:
         abort = pb.AbortRequest(request_id=request.request_id, attempt=request.attempt, reason=reason)
         self._link.send(pb.EngineCommand(abort_prefill=abort))
+
+
+class _RefusingLater:
+    """A call's context that refuses once all of the request is there.
+
+    What a router writes into a call that has ended takes the place of the status, and it would not know why.
+    """
+
+    def __init__(self, context: Context, rest: asyncio.Task[None]) -> None:
+        self._context = context
+        self._rest = rest
+
+    async def abort(self, code: grpc.StatusCode, details: str) -> NoReturn:
+        """End the call with that status."""
+        await asyncio.wait((self._rest,), timeout=REST_TIMEOUT_S)
+        await self._context.abort(code, details)
+        raise AssertionError("abort returned")
 
 
 def _log_prefilled(asked: pb.EngineRequest, done: pb.PrefillReply) -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import enum
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,21 +28,20 @@ from engine.engine import Engine
 from engine.errors import CapacityError, EngineError, InvalidRequestError
 from engine.sequence import Sequence
 from kv_transfer.group import Transfers
+from kv_transfer.handshake import Identity
 from kv_transfer.ticket import KVTicket, SendResult, TicketState
+from prefill_pool.early_tickets import EarlyTickets, Key
 from prefill_pool.kv_push import KVPush
 from protos import worker_pb2 as pb
 from protos.transfer_pb2 import PushNote
 
 log = logging.getLogger(__name__)
 
-TICKET_WAIT_S = 30.0
-"""Longest wait of a prompt for its ticket; a router gives up on a decode worker long before."""
-MAX_GRANTED = 1024
-"""Most tickets kept whose prompt has not come; one that is dropped comes again from the router."""
+TICKET_WAIT_S = 60.0
+"""Longest wait of a prompt for its ticket; a router waits for it no longer than half of that."""
 Answer = Callable[[pb.PrefillReply | Exception], None]
 Emit = Callable[[str, pb.TokenOutput], None]
 """emit(router_id, output): says something to a router beside the answers."""
-Key = tuple[str, int]
 
 
 class PrefillAborted(EngineError):
@@ -53,6 +51,7 @@ class PrefillAborted(EngineError):
 class TaskState(enum.Enum):
     """Where a prefill is in its life."""
 
+    WAITING = "waiting"
     COMPUTING = "computing"
     SENDING = "sending"
     ENDING = "ending"
@@ -63,100 +62,136 @@ class PrefillTask:
     """One prompt on its way through."""
 
     sequence: Sequence
-    push: KVPush
     answer: Answer
-    state: TaskState = TaskState.COMPUTING
+    receiver: Identity
+    """Whose ticket it needs."""
+    push: KVPush | None = None
+    """None while it waits for that."""
+    state: TaskState = TaskState.WAITING
 
+    @property
+    def kv(self) -> KVPush:
+        """How its KV leaves, once it has a ticket."""
+        assert self.push is not None, "nothing is computed without a ticket"
+        return self.push
 
-@dataclass(slots=True)
-class _Waiting:
-    """A prompt whose ticket has not come."""
-
-    sequence: Sequence
-    answer: Answer
+    @property
+    def key(self) -> Key:
+        """The request and its attempt."""
+        return self.sequence.request.request_id, self.sequence.request.attempt
 
 
 class PrefillWorker:
     """Computes prompts for other workers."""
 
     def __init__(self, engine: Engine, node: Transfers, *, emit: Emit) -> None:
+        self.num_waiting = 0
+        """Prompts whose ticket has not come; any thread may ask."""
         self._engine = engine
         self._node = node
         self._emit = emit
         self._tasks: dict[Key, PrefillTask] = {}
-        self._waiting: dict[Key, _Waiting] = {}
-        self._granted: OrderedDict[Key, KVTicket] = OrderedDict()
-        """Tickets whose prompt has not come."""
+        self._early = EarlyTickets()
 
     def prefill(self, message: pb.PrefillRequest, answer: Answer) -> None:
         """Queue a prompt; `answer` gets the reply with its first token, or the error that ended it."""
         request = wire.request_from_wire(message.request)
         self._engine.validate(request)
-        key = (request.request_id, request.attempt)
-        if key in self._tasks or key in self._waiting:
-            raise CapacityError(f"attempt {request.attempt} of request {request.request_id} is already running here")
+        ticket = KVTicket.from_proto(message.ticket) if message.HasField("ticket") else None
+        wanted = message.receiver if message.HasField("receiver") else message.ticket.receiver
+        if not wanted.worker_id:
+            raise InvalidRequestError("neither the ticket nor its receiver is named", field="ticket")
         sequence = Sequence.from_request(request, time.monotonic())
         sequence.owner = message.router_id
         sequence.prefill_only = True
-        granted = self._granted.pop(key, None)
-        if message.HasField("ticket"):
-            granted = KVTicket.from_proto(message.ticket)
-        if granted is not None:
-            self._start(sequence, granted, answer)
+        task = PrefillTask(sequence, answer, Identity(wanted.worker_id, wanted.epoch))
+        if task.key in self._tasks:
+            raise CapacityError(f"attempt {request.attempt} of request {request.request_id} is already running here")
+        if ticket is not None:
+            self._start(task, ticket)
             return
-        self._waiting[key] = waiting = _Waiting(sequence, answer)
-        self._node.call_later(TICKET_WAIT_S, lambda: self._engine.loop.post(lambda: self._give_up(key, waiting)))
+        self._tasks[task.key] = task
+        self.num_waiting += 1
+        early = self._early.take(sequence.owner, task.receiver, task.key)
+        if early is not None and self._take(task, early):
+            return
+        name, receiver, loop = task.key, task.receiver, self._engine.loop
+        arrival = sequence.arrival
+        self._node.call_later(TICKET_WAIT_S, lambda: loop.post(lambda: self._give_up(name, receiver, arrival)))
 
-    def take_ticket(self, ticket: KVTicket) -> bool:
-        """A ticket has come behind its prompt; whether that still waited for it."""
-        waiting = self._waiting.pop((ticket.request_id, ticket.attempt), None)
-        if waiting is None:
-            return False
-        try:
-            self._start(waiting.sequence, ticket, waiting.answer)
-        except Exception as error:
-            waiting.answer(error)
-        return True
+    def take_ticket(self, ticket: KVTicket) -> None:
+        """The router has sent a ticket behind its prompt, which may have had it before."""
+        task = self._tasks.get((ticket.request_id, ticket.attempt))
+        if task is not None and task.state is TaskState.WAITING and not self._take(task, ticket):
+            self._drop(task, InvalidRequestError(self._objection(task, ticket), field="ticket"))
 
     def granted(self, ticket: KVTicket) -> None:
-        """The decode worker has brought a ticket, which may be before its prompt."""
-        key = (ticket.request_id, ticket.attempt)
-        if self.take_ticket(ticket) or key in self._tasks:
-            return
-        self._granted[key] = ticket
-        while len(self._granted) > MAX_GRANTED:
-            self._granted.popitem(last=False)
+        """A decode worker has brought a ticket: for a prompt that waits for it, or that is still to come."""
+        task = self._tasks.get((ticket.request_id, ticket.attempt))
+        if task is None:
+            self._early.add(ticket)
+        elif task.state is TaskState.WAITING and not self._early.is_over(ticket):
+            self._take(task, ticket)
 
-    def _start(self, sequence: Sequence, ticket: KVTicket, answer: Answer) -> None:
-        """Let a prompt be computed under its ticket."""
-        key = (sequence.request.request_id, sequence.request.attempt)
-        if ticket.num_tokens != sequence.num_tokens:
-            raise InvalidRequestError(
-                f"the ticket is for {ticket.num_tokens} tokens, the request has {sequence.num_tokens}", field="ticket"
-            )
-        outlet = self._node.open_send(ticket, lambda result: self._engine.loop.post(lambda: self._settled(key, result)))
-        engine = self._engine
-        push = KVPush(
-            sequence,
+    def _take(self, task: PrefillTask, ticket: KVTicket) -> bool:
+        """Let a prompt that waits be computed under a ticket; False if that is not for it."""
+        if self._objection(task, ticket):
+            return False
+        del self._tasks[task.key]
+        self.num_waiting -= 1
+        try:
+            self._start(task, ticket)
+        except Exception as error:
+            task.answer(error)
+        return True
+
+    def _objection(self, task: PrefillTask, ticket: KVTicket) -> str:
+        """What is wrong with a ticket; empty if nothing."""
+        size = self._engine.scheduler.block_size
+        if Identity(ticket.worker_id, ticket.epoch) != task.receiver:
+            return f"the ticket is of {ticket.worker_id}/{ticket.epoch}, {task.receiver}'s is awaited"
+        if ticket.owner and ticket.owner != task.sequence.owner:
+            return f"the ticket is for {ticket.owner}"
+        if ticket.num_tokens != task.sequence.num_tokens:
+            return f"the ticket is for {ticket.num_tokens} tokens, the request has {task.sequence.num_tokens}"
+        if not 0 <= ticket.first_token < ticket.num_tokens or ticket.first_token % size:
+            return f"the ticket begins at token {ticket.first_token}, which is no block's first"
+        if ticket.layout.num_layers != self._engine.runner.config.num_layers:
+            return f"the ticket is for {ticket.layout.num_layers} layers"
+        return ""
+
+    def _start(self, task: PrefillTask, ticket: KVTicket) -> None:
+        """Compute a prompt under a ticket."""
+        if objection := self._objection(task, ticket):
+            raise InvalidRequestError(objection, field="ticket")
+        key, engine = task.key, self._engine
+        outlet = self._node.open_send(ticket, lambda result: engine.loop.post(lambda: self._settled(key, result)))
+        task.push = KVPush(
+            task.sequence,
             ticket,
             outlet,
             num_layers=engine.runner.config.num_layers,
             block_size=engine.scheduler.block_size,
         )
-        self._tasks[key] = PrefillTask(sequence, push, answer)
-        self._engine.scheduler.add(sequence)
+        task.state = TaskState.COMPUTING
+        self._tasks[key] = task
+        engine.scheduler.add(task.sequence)
 
     def abort(self, request_id: str, attempt: int, reason: str) -> bool:
         """End all attempts of a request up to this one; False if there is none."""
-        return self._end_all(lambda key, _: key[0] == request_id and key[1] <= attempt, reason)
+        self._early.drop(request_id, attempt)
+        tasks = [task for key, task in self._tasks.items() if key[0] == request_id and key[1] <= attempt]
+        return self._end_all(tasks, reason)
 
     def router_gone(self, router_id: str) -> None:
         """End everything this router asked for."""
-        self._end_all(lambda _, sequence: sequence.owner == router_id, f"router {router_id} is gone")
+        self._early.drop_owner(router_id)
+        tasks = [task for task in self._tasks.values() if task.sequence.owner == router_id]
+        self._end_all(tasks, f"router {router_id} is gone")
 
     def close(self) -> None:
         """End everything."""
-        self._end_all(lambda *_: True, "the worker's epoch is over")
+        self._end_all(list(self._tasks.values()), "the worker's epoch is over")
 
     def step_hook(self, plan: StepPlan) -> LayerHook | None:
         """Before a step: which layers' KV to send as they are written."""
@@ -165,7 +200,7 @@ class PrefillWorker:
             sequence = share.sequence
             if sequence.prefill_only:
                 task = self._tasks[sequence.request.request_id, sequence.request.attempt]
-                push = task.push.begin_step(share, note)
+                push = task.kv.begin_step(share, note)
                 if push is not None:
                     pushes.append(push)
         note_bytes = note.SerializeToString() if note is not None else b""
@@ -181,7 +216,7 @@ class PrefillWorker:
     def must_pause(self, sequence: Sequence) -> bool:
         """Whether a prompt's receiver is too far behind for more of it to be computed now."""
         task = self._tasks.get((sequence.request.request_id, sequence.request.attempt))
-        return task is not None and task.push.must_pause(lambda: self._engine.loop.post(_wake))
+        return task is not None and task.kv.must_pause(lambda: self._engine.loop.post(_wake))
 
     def on_output(self, sequence: Sequence, output: TokenOutput) -> None:
         """The engine has computed a prompt's first token (or failed to)."""
@@ -199,37 +234,37 @@ class PrefillWorker:
                 prefill_s=time.monotonic() - sequence.first_step_at,
             )
         )
-        task.push.finish(first)
+        task.kv.finish(first)
 
     def holders(self) -> list[Sequence]:
         """Sequences whose blocks are held for sending, beyond those the scheduler knows."""
-        return [task.sequence for task in self._tasks.values() if task.state is not TaskState.COMPUTING]
+        return [task.sequence for task in self._tasks.values() if task.state in (TaskState.SENDING, TaskState.ENDING)]
 
     def num_open(self) -> int:
         """Prefills not yet settled."""
-        return len(self._tasks) + len(self._waiting)
+        return len(self._tasks)
 
-    @property
-    def num_waiting(self) -> int:
-        """Prompts whose ticket has not come; any thread may ask."""
-        return len(self._waiting)
+    def _give_up(self, key: Key, receiver: Identity, arrival: float) -> None:
+        task = self._tasks.get(key)
+        if task is not None and task.state is TaskState.WAITING and task.sequence.arrival == arrival:
+            self._drop(task, EngineError(f"no ticket of {receiver} came within {TICKET_WAIT_S:g} s"))
 
-    def _give_up(self, key: Key, waiting: _Waiting) -> None:
-        if self._waiting.get(key) is waiting:
-            del self._waiting[key]
-            waiting.answer(EngineError(f"no ticket came within {TICKET_WAIT_S:g} s"))
+    def _drop(self, task: PrefillTask, why: Exception) -> None:
+        """A prompt that waits for its ticket is not computed."""
+        del self._tasks[task.key]
+        self.num_waiting -= 1
+        task.answer(why)
 
-    def _end_all(self, is_meant: Callable[[Key, Sequence], bool], reason: str) -> bool:
+    def _end_all(self, tasks: list[PrefillTask], reason: str) -> bool:
         """End prompts in any state; whether there was one."""
-        waiting = [key for key, each in self._waiting.items() if is_meant(key, each.sequence)]
-        for key in waiting:
-            self._waiting.pop(key).answer(PrefillAborted(reason or "aborted"))
-        tasks = [task for key, task in self._tasks.items() if is_meant(key, task.sequence)]
         for task in tasks:
             self._end(task, reason)
-        return bool(waiting or tasks)
+        return bool(tasks)
 
     def _end(self, task: PrefillTask, reason: str) -> None:
+        if task.push is None:
+            self._drop(task, PrefillAborted(reason or "aborted"))
+            return
         if task.state is TaskState.COMPUTING:
             self._engine.scheduler.abort(task.sequence)
             task.answer(PrefillAborted(reason or "aborted"))

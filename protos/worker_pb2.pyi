@@ -100,7 +100,7 @@ class Layout(_message.Message):
     def __init__(self, model_hash: _Optional[str] = ..., num_layers: _Optional[int] = ..., block_size: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[str] = ..., tp_rank: _Optional[int] = ..., tp_size: _Optional[int] = ...) -> None: ...
 
 class KVTicket(_message.Message):
-    __slots__ = ("ticket_id", "request_id", "attempt", "receiver", "control_addresses", "block_ids", "first_token", "num_tokens", "layout", "expires_in_s")
+    __slots__ = ("ticket_id", "request_id", "attempt", "receiver", "control_addresses", "block_ids", "first_token", "num_tokens", "layout", "expires_in_s", "router_id")
     TICKET_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -111,6 +111,7 @@ class KVTicket(_message.Message):
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_IN_S_FIELD_NUMBER: _ClassVar[int]
+    ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     ticket_id: str
     request_id: str
     attempt: int
@@ -121,7 +122,8 @@ class KVTicket(_message.Message):
     num_tokens: int
     layout: Layout
     expires_in_s: float
-    def __init__(self, ticket_id: _Optional[str] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., receiver: _Optional[_Union[WorkerIdentity, _Mapping]] = ..., control_addresses: _Optional[_Iterable[str]] = ..., block_ids: _Optional[_Iterable[int]] = ..., first_token: _Optional[int] = ..., num_tokens: _Optional[int] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., expires_in_s: _Optional[float] = ...) -> None: ...
+    router_id: str
+    def __init__(self, ticket_id: _Optional[str] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., receiver: _Optional[_Union[WorkerIdentity, _Mapping]] = ..., control_addresses: _Optional[_Iterable[str]] = ..., block_ids: _Optional[_Iterable[int]] = ..., first_token: _Optional[int] = ..., num_tokens: _Optional[int] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., expires_in_s: _Optional[float] = ..., router_id: _Optional[str] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
     __slots__ = ("router_id", "request", "epoch", "local_prefill", "prefill")
@@ -146,16 +148,18 @@ class ReserveReply(_message.Message):
     def __init__(self, ticket: _Optional[_Union[KVTicket, _Mapping]] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("router_id", "request", "epoch", "ticket")
+    __slots__ = ("router_id", "request", "epoch", "ticket", "receiver")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
+    RECEIVER_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     request: EngineRequest
     epoch: int
     ticket: KVTicket
-    def __init__(self, router_id: _Optional[str] = ..., request: _Optional[_Union[EngineRequest, _Mapping]] = ..., epoch: _Optional[int] = ..., ticket: _Optional[_Union[KVTicket, _Mapping]] = ...) -> None: ...
+    receiver: WorkerIdentity
+    def __init__(self, router_id: _Optional[str] = ..., request: _Optional[_Union[EngineRequest, _Mapping]] = ..., epoch: _Optional[int] = ..., ticket: _Optional[_Union[KVTicket, _Mapping]] = ..., receiver: _Optional[_Union[WorkerIdentity, _Mapping]] = ...) -> None: ...
 
 class PrefillReply(_message.Message):
     __slots__ = ("first", "cached_tokens", "queue_s", "prefill_s")

@@ -160,6 +160,7 @@ class Attempt:
             router_id=self._context.router_id,
             request=self._job.engine_request(),
             epoch=link.info.epoch,
+            receiver=worker_pb2.WorkerIdentity(worker_id=self._decode.info.worker_id, epoch=self._decode.info.epoch),
         )
         try:
             self._inbox.put(await link.prefill(request, self._ticket))

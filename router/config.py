@@ -81,6 +81,8 @@ class RouterConfig:
         for name in self.__dataclass_fields__:
             if name.endswith("_s") and name != "no_worker_grace_s" and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be more than 0 seconds, got {getattr(self, name)}")
+        if self.reserve_timeout_s > 30:
+            raise ValueError(f"reserve_timeout_s must be at most 30 seconds, got {self.reserve_timeout_s}")
         if self.heartbeat_s >= self.worker_silence_s:
             raise ValueError(
                 f"heartbeat_s ({self.heartbeat_s}) must be less than worker_silence_s ({self.worker_silence_s}): "

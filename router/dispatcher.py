@@ -72,11 +72,14 @@ class Dispatcher:
                     attempt.close("the request ended at the router")
 
     async def _try(self, attempt: Attempt, route: Route, place: Place, emit: Emit) -> Ending:
-        await attempt.reserve()
+        self._local_share.count(attempt.num_tokens, route.local_tokens, asyncio.get_running_loop().time())
+        try:
+            await attempt.reserve()
+        except BaseException:
+            self._local_share.take_back(attempt.num_tokens, route.local_tokens)
+            raise
         place.admitted()
-        if self._split:
-            self._local_share.count(attempt.num_tokens, route.local_tokens, asyncio.get_running_loop().time())
-            self.local_prompt_tokens += route.local_tokens
+        self.local_prompt_tokens += route.local_tokens
         ending = await attempt.follow(emit)
         self._line.news()
         return ending

@@ -60,6 +60,11 @@ class LocalShare:
         self._all = self._all * kept + num_tokens
         self._local = self._local * kept + num_local
 
+    def take_back(self, num_tokens: int, num_local: int) -> None:
+        """A prompt that was counted a moment ago was not taken in."""
+        self._all = max(0.0, self._all - num_tokens)
+        self._local = max(0.0, self._local - num_local)
+
     def allows(self, num_tokens: int, num_local: int) -> bool:
         """Whether such a prompt may be computed locally; what decays, decays alike."""
         return self._local + num_local <= self._max_share * (self._all + num_tokens)

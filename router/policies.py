@@ -83,7 +83,8 @@ def choose(
                 if len(prefillers) == 1:
                     return Route(decoder, None, f"{policy}: one worker has both roles")
             elif same_layout(prefiller, decoder):
-                found = why_local(decoders, prefiller, reckon, local) if local is not None else None
+                soonest = min(prefillers, key=reckon.prefill_s)
+                found = why_local(decoders, soonest, reckon, local) if local is not None else None
                 if found is not None and allows(demand.num_tokens, reckon.missing(found[0])):
                     return Route(found[0], None, f"prefilled where it is decoded: {found[1]}", reckon.missing(found[0]))
                 return Route(decoder, prefiller, f"{policy}: split{_hits(reckon, prefiller, decoder)}")

@@ -108,6 +108,19 @@ def test_a_long_prompt_takes_a_bounded_part_of_each_step_beside_a_stream():
     assert [step.get("longer") for step in sizes[3:]] == [5, 4]
 
 
+@pytest.mark.parametrize("arrival", [0.0, 2.0])
+def test_received_kv_does_not_wait_for_the_end_of_a_long_prompt(arrival):
+    scheduler, runner = make_scheduler(64, mixed_tokens=4), ToyRunner(64, 4)
+    add(scheduler, "long", list(range(40)), arrival=1.0)
+    scheduler.update(plan := scheduler.schedule(), runner.run(plan))
+    home = Sequence.from_request(make_request("home", [7, 8, 9]), arrival)
+    home.block_ids = scheduler.pool.allocate(1)
+    home.num_computed_tokens = 2
+    scheduler.add(home)
+    sizes = {share.sequence.request.request_id: share.num_tokens for share in scheduler.schedule().shares}
+    assert sizes == {"home": 1, "long": 4}
+
+
 def test_the_end_of_a_prompt_needs_no_step_of_its_own():
     scheduler, runner = make_scheduler(32, slack_tokens=4), ToyRunner(32, 4)
     add(scheduler, "a", list(range(36)), arrival=1.0, max_tokens=1)
@@ -237,7 +250,7 @@ def test_a_prefill_only_sequence_keeps_its_blocks_until_released(ahead):
     assert scheduler.pool.num_free == 16
 
 
-def test_while_a_prompt_is_held_received_kv_keeps_its_blocks():
+def test_while_a_prompt_is_held_and_another_finds_no_blocks_received_kv_is_used():
     """The held one will go on: nobody has to make way."""
     scheduler, runner = make_scheduler(8), ToyRunner(8, 4)
     prompt = Sequence.from_request(make_request("held", list(range(20))), 1.0)
@@ -252,10 +265,10 @@ def test_while_a_prompt_is_held_received_kv_keeps_its_blocks():
     received.block_ids = scheduler.pool.allocate(2)
     received.num_computed_tokens = 4
     scheduler.add(received)
-    assert scheduler.schedule() is None
+    assert [share.sequence for share in scheduler.schedule().shares] == [received]
     assert (received.num_preemptions, len(received.block_ids)) == (0, 2)
     held.clear()
-    assert scheduler.schedule() is not None
+    assert {share.sequence for share in scheduler.schedule().shares} == {received, prompt}
 
 
 def test_a_step_too_far_is_dropped():

@@ -33,6 +33,8 @@ class Behaviour:
     step_s: float = 0.002
     prefill_s: float = 0.0
     reserve_s: float = 0.0
+    answer_s: float = 0.0
+    """From the reservation to the answer that tells of it."""
     capacity: int = 1000
     """Requests at a time; more get RESOURCE_EXHAUSTED."""
     prefill_capacity: int = 1000
@@ -44,6 +46,8 @@ class Behaviour:
     unavailable: bool = False
     silent: bool = False
     """Like a stopped process: connections stay, nothing is said."""
+    has_ticket_before: bool = False
+    """The decode worker brings the ticket as soon as it has reserved: nothing waits for the router's."""
     prompt_tokens_per_s: float = 0.0
     """What it says of itself."""
     repeat: bool = False
@@ -266,6 +270,7 @@ class _DecodeService(_Service, worker_pb2_grpc.DecodeWorkerServicer):
         worker.received.append(asked)
         running = Running(asked, request.router_id, request.local_prefill, len(asked.resume_from), False)
         worker.running[asked.request_id] = running
+        await asyncio.sleep(worker.behaviour.answer_s)
         if request.local_prefill:
             asyncio.get_running_loop().call_later(worker.behaviour.prefill_s, setattr, running, "ready", True)
             return worker_pb2.ReserveReply()
@@ -298,6 +303,13 @@ class _PrefillService(_Service, worker_pb2_grpc.PrefillWorkerServicer):
 
     async def OpenPrefill(self, request_iterator, context):
         async for request in request_iterator:
+            if self.worker.behaviour.has_ticket_before:
+                request.ticket.receiver.CopyFrom(request.receiver)
+                decode = self.worker.peers[request.receiver.worker_id]
+                while request.request.request_id not in decode.running and not self.worker.behaviour.unavailable:
+                    await asyncio.sleep(0.001)
+                yield await self.Prefill(request, context)
+                return
             self.worker.waiting.add(request.request.request_id)
             try:
                 rest = None if request.HasField("ticket") else await anext(request_iterator, None)

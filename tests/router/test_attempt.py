@@ -53,11 +53,24 @@ def test_a_prompt_that_gets_no_ticket_goes_away(model: Path, end: str) -> None:
     run(scenario())
 
 
+@pytest.mark.parametrize("answer_s", [0.0, 0.05])
+def test_the_first_token_may_come_before_word_of_the_reservation(model: Path, answer_s: float) -> None:
+    async def scenario() -> None:
+        behaviour = Behaviour(answer_s=answer_s, has_ticket_before=True)
+        async with cluster(model, behaviour=behaviour) as made:
+            answers = await asyncio.gather(*(made.ask(ask(f"r{n}", num=20)) for n in range(30)))
+            assert all(answer.token_ids == expected_answer(PROMPT, 20) for answer in answers)
+            assert made.app.stats().failed_attempts == 0
+            await made.idle()
+
+    run(scenario())
+
+
 def test_a_prefill_worker_that_refuses_the_prompt_early(model: Path) -> None:
-    """Its word may come before the reservation; the reservation does not outlive the attempt."""
+    """Its word comes before the reservation; the reservation does not outlive the attempt."""
 
     async def scenario() -> None:
-        async with cluster(model, behaviour=Behaviour(reserve_s=0.1)) as made:
+        async with cluster(model, behaviour=Behaviour(reserve_s=0.1, has_ticket_before=True)) as made:
             made.workers["p0"].behaviour.unavailable = True
             refusal = await made.refused(ask("r1", num=5))
             assert refusal.code is grpc.StatusCode.UNAVAILABLE
