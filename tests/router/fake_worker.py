@@ -306,7 +306,8 @@ class _PrefillService(_Service, worker_pb2_grpc.PrefillWorkerServicer):
             if self.worker.behaviour.has_ticket_before:
                 request.ticket.receiver.CopyFrom(request.receiver)
                 decode = self.worker.peers[request.receiver.worker_id]
-                while request.request.request_id not in decode.running and not self.worker.behaviour.unavailable:
+                name, behaviour = request.request.request_id, self.worker.behaviour
+                while not (name in decode.running or behaviour.unavailable):  # noqa: ASYNC110
                     await asyncio.sleep(0.001)
                 yield await self.Prefill(request, context)
                 return
