@@ -10,22 +10,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 
-from engine.block_hash import each_block_hash
-from engine.block_log import key_of
 from router.admission import Line, Place
 from router.attempt import Attempt, AttemptContext, Emit
 from router.background import Background
+from router.chooser import Chooser
 from router.config import RouterConfig
 from router.errors import AttemptFailedError, SlowClientError, UnavailableError, WorkerFullError
 from router.fleet import Fleet
-from router.info import WorkerInfo, WorkerLife, WorkerState
+from router.info import WorkerLife, WorkerState
 from router.job import Ending, Job
-from router.local_prefill import LocalShare
-from router.policies import Demand, Route, choose
-from router.prefix_index import NOTHING_KNOWN, KnownPrefix
+from router.policies import Demand, Route
 from router.scope import Scope
 
 logger = logging.getLogger(__name__)
@@ -42,8 +38,7 @@ class Dispatcher:
         self._config = config
         self._router_id = router_id
         self._split = split
-        self._turn = 0
-        self._local_share = LocalShare(config.local_prefill.max_share)
+        self._chooser = Chooser(fleet, config, split=split)
         self.local_prompt_tokens = 0
         """Sent to decode workers to compute, although there are prefill workers."""
 
@@ -72,11 +67,11 @@ class Dispatcher:
                     attempt.close("the request ended at the router")
 
     async def _try(self, attempt: Attempt, route: Route, place: Place, emit: Emit) -> Ending:
-        self._local_share.count(attempt.num_tokens, route.local_tokens, asyncio.get_running_loop().time())
+        self._chooser.took(route, attempt.num_tokens, asyncio.get_running_loop().time())
         try:
             await attempt.reserve()
         except BaseException:
-            self._local_share.take_back(attempt.num_tokens, route.local_tokens)
+            self._chooser.took_back(route, attempt.num_tokens)
             raise
         place.admitted()
         self.local_prompt_tokens += route.local_tokens
@@ -114,48 +109,20 @@ class Dispatcher:
         UnavailableError if there are none, and neither since `since` (on the loop's clock) nor since the last
         change of the fleet less than the grace has passed.
         """
-        self._turn += 1
         loop = asyncio.get_running_loop()
         while True:
             seen = self._fleet.changed.version
-            demand = Demand(job.num_tokens, job.attempts.excluded, full, job.attempts.avoided, self._find_prefix(job))
-            if (route := self._choose(demand)) is not None:
+            tokens = job.prompt_token_ids + job.emitted if job.emitted else job.prompt_token_ids
+            prefix = self._chooser.find_prefix(tokens)
+            demand = Demand(job.num_tokens, job.attempts.excluded, full, job.attempts.avoided, prefix)
+            if (route := self._chooser.choose(demand)) is not None:
                 return route
-            if full and self._choose(replace(demand, full=frozenset())) is not None:
+            if full and self._chooser.choose(replace(demand, full=frozenset())) is not None:
                 return None
             left_s = max(since, self._fleet.changed_at) + self._config.no_worker_grace_s - loop.time()
             if left_s <= 0:
                 raise self._nobody()
             await self._fleet.changed.wait(seen, timeout_s=left_s)
-
-    def _choose(self, demand: Demand) -> Route | None:
-        some = self._fleet.roster.candidates(demand.prefix)
-        route = self._choose_among(some, demand)
-        if route is None and len(some) < len(everybody := self._fleet.workers()):
-            route = self._choose_among(everybody, demand)
-        return route
-
-    def _choose_among(self, workers: Sequence[WorkerInfo], demand: Demand) -> Route | None:
-        config = self._config
-        return choose(
-            workers,
-            demand,
-            split=self._split,
-            policy=config.policy,
-            turn=self._turn,
-            weights=config.kv_aware,
-            local=config.local_prefill,
-            allows=self._local_share.allows,
-        )
-
-    def _find_prefix(self, job: Job) -> KnownPrefix:
-        """Who holds how much of a job's tokens."""
-        tokens = job.prompt_token_ids + job.emitted if job.emitted else job.prompt_token_ids
-        found = [
-            self._fleet.prefixes.find(map(key_of, each_block_hash(tokens, size, root)), size)
-            for root, size in self._fleet.roster.chains
-        ]
-        return max(found, key=lambda prefix: len(prefix.levels), default=NOTHING_KNOWN)
 
     def _nobody(self) -> UnavailableError:
         workers = self._fleet.workers()

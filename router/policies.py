@@ -92,7 +92,7 @@ def choose(
 
 
 def _hits(reckon: Reckoning, prefiller: WorkerInfo, decoder: WorkerInfo) -> str:
-    held = reckon.prefix.tokens_at(prefiller), reckon.prefix.tokens_at(decoder)
+    held = reckon.held(prefiller), reckon.held(decoder)
     return f", {held[0]} and {held[1]} of {reckon.num_tokens} tokens are held there" if any(held) else ""
 
 

@@ -8,7 +8,7 @@ both       a decode worker that computes the prompt itself: slower, for its runn
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 from router.info import WorkerInfo
@@ -32,6 +32,8 @@ class KvAwareConfig:
 
 USUAL_RATE = 10_000.0
 """Prompt tokens a second of a fleet of which no worker has computed any: so that costs can be compared at all."""
+USUAL_PAIR_RATE = 1e9
+"""Bytes a second at which KV comes to a worker that has no pair yet."""
 UNKNOWN_LOCAL = 0.5
 """What a decode worker that has computed no prompt yet is taken to make of the usual rate."""
 
@@ -45,6 +47,8 @@ class Reckoning:
     usual_rate: float
     """Prompt tokens a second of a prefill worker that has not said yet; 0: none has."""
     config: KvAwareConfig
+    _held: dict[WorkerInfo, int] = field(default_factory=dict)
+    """Tokens that each worker holds, as far as it was asked for."""
 
     @classmethod
     def of(cls, num_tokens: int, prefix: KnownPrefix, prefillers: Sequence[WorkerInfo], config: KvAwareConfig) -> Self:
@@ -52,9 +56,16 @@ class Reckoning:
         rates = [rate for info in prefillers if (rate := info.stats.prompt_tokens_per_s)]
         return cls(num_tokens, prefix, sum(rates) / len(rates) if rates else 0.0, config)
 
+    def held(self, info: WorkerInfo) -> int:
+        """Tokens of the prompt that a worker holds."""
+        held = self._held.get(info)
+        if held is None:
+            held = self._held[info] = self.prefix.tokens_at(info)
+        return held
+
     def missing(self, info: WorkerInfo) -> int:
         """Tokens that a worker would have to compute, or to be sent; at least one is always computed."""
-        return max(1, self.num_tokens - self.prefix.tokens_at(info))
+        return max(1, self.num_tokens - self.held(info))
 
     def wait_s(self, info: WorkerInfo) -> float:
         """Until a prefill worker comes to the prompt; 0 while no rate is known."""
@@ -68,8 +79,7 @@ class Reckoning:
 
     def decode_s(self, info: WorkerInfo) -> float:
         """What speaks against decoding there."""
-        rate = info.pair_bytes_per_s
-        transfer_s = self.missing(info) * info.kv_token_bytes / rate if rate else 0.0
+        transfer_s = self.missing(info) * info.kv_token_bytes / (info.pair_bytes_per_s or USUAL_PAIR_RATE)
         return self.config.decode_load_s * decode_load(info) + self.config.transfer_weight * transfer_s
 
     def local_s(self, info: WorkerInfo) -> float:
