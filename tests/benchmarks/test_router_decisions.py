@@ -7,7 +7,8 @@ from benchmarks.router_decisions import measure, table
 def test_a_row_for_each_kind_of_prompt(monkeypatch):
     monkeypatch.setattr(router_decisions, "NUM_CHOICES", 20)
     row = measure(num_workers=40, num_blocks=2000)
-    assert (row.num_workers, 1900 < row.num_blocks <= 2000) == (40, True)
+    assert row.num_workers == 40
+    assert 1000 < row.num_blocks <= 2000, "some are held by two"
     assert [choices.what for choices in row.choices] == [
         "nothing held",
         "system prompt held",
