@@ -296,7 +296,7 @@ class HostSession:
         elif kind == "prefill":
             self._start_prefill(prefill, command)
         elif kind == "ticket":
-            prefill.take_ticket(KVTicket.from_proto(command.ticket))
+            prefill.take_ticket(command.ticket)
         elif kind in ("abort_decode", "abort_prefill"):
             worker, abort = (
                 (decode, command.abort_decode) if kind == "abort_decode" else (prefill, command.abort_prefill)

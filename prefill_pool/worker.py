@@ -97,7 +97,7 @@ class PrefillWorker:
         """Queue a prompt; `answer` gets the reply with its first token, or the error that ended it."""
         request = wire.request_from_wire(message.request)
         self._engine.validate(request)
-        ticket = KVTicket.from_proto(message.ticket) if message.HasField("ticket") else None
+        ticket = _ticket_of(message.ticket) if message.HasField("ticket") else None
         wanted = message.receiver if message.HasField("receiver") else message.ticket.receiver
         if not wanted.worker_id:
             raise InvalidRequestError("neither the ticket nor its receiver is named", field="ticket")
@@ -119,11 +119,17 @@ class PrefillWorker:
         arrival = sequence.arrival
         self._node.call_later(TICKET_WAIT_S, lambda: loop.post(lambda: self._give_up(name, receiver, arrival)))
 
-    def take_ticket(self, ticket: KVTicket) -> None:
+    def take_ticket(self, message: pb.KVTicket) -> None:
         """The router has sent a ticket behind its prompt, which may have had it before."""
-        task = self._tasks.get((ticket.request_id, ticket.attempt))
-        if task is not None and task.state is TaskState.WAITING and not self._take(task, ticket):
-            self._drop(task, InvalidRequestError(self._objection(task, ticket), field="ticket"))
+        task = self._tasks.get((message.request_id, message.attempt))
+        if task is None or task.state is not TaskState.WAITING:
+            return
+        try:
+            ticket = _ticket_of(message)
+            if not self._take(task, ticket):
+                raise InvalidRequestError(self._objection(task, ticket), field="ticket")
+        except InvalidRequestError as error:
+            self._drop(task, error)
 
     def granted(self, ticket: KVTicket) -> None:
         """A decode worker has brought a ticket: for a prompt that waits for it, or that is still to come."""
@@ -303,6 +309,13 @@ class PrefillWorker:
                 "reason": result.reason,
             },
         )
+
+
+def _ticket_of(message: pb.KVTicket) -> KVTicket:
+    try:
+        return KVTicket.from_proto(message)
+    except ValueError as error:
+        raise InvalidRequestError(str(error), field="ticket") from error
 
 
 def _wake() -> None:

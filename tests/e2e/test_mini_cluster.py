@@ -68,9 +68,10 @@ def test_every_shape_gives_the_tokens_of_one_engine(tiny_llama, tmp_path, alone,
 
 def test_prompts_that_would_wait_are_computed_where_they_are_decoded(tiny_llama, tmp_path, alone):
     prompts = [prompt_of(100 + index, seed=index) for index in range(24)]
-    rule = LocalPrefillConfig(max_share=0.5, when_waiting_s=0.0)
+    rule = LocalPrefillConfig(max_share=0.5, short_tokens=0, when_waiting_s=0.0)
     shape = Shape(
         model=ModelOptions(path=str(tiny_llama)),
+        cache=CacheOptions(block_size=16, num_blocks=256, prefix_caching=False),
         options=EngineOptions(max_step_tokens=64, max_running=32, prompt_share=0.25),
         router=RouterConfig(port=0, local_prefill=rule),
     )
@@ -143,7 +144,8 @@ def test_logprobs_stop_tokens_and_usage(tiny_llama, tmp_path, alone):
         parts = timing.queue_s + timing.prefill_s + timing.transfer_s + timing.first_decode_step_s + timing.decode_s
         assert parts == pytest.approx(timing.total_s, rel=0.5, abs=0.1)
 
-    run(Shape(model=ModelOptions(path=str(tiny_llama))), tmp_path, scenario)
+    router = RouterConfig(port=0, local_prefill=LocalPrefillConfig(max_share=0.0))
+    run(Shape(model=ModelOptions(path=str(tiny_llama)), router=router), tmp_path, scenario)
 
 
 def test_a_decode_worker_that_loses_its_engine_link_is_replaced_without_a_gap(tiny_llama, tmp_path, alone):

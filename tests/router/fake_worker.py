@@ -315,7 +315,7 @@ class _PrefillService(_Service, worker_pb2_grpc.PrefillWorkerServicer):
             try:
                 rest = None if request.HasField("ticket") else await anext(request_iterator, None)
             finally:
-                self.worker.waiting.remove(request.request.request_id)
+                self.worker.waiting.discard(request.request.request_id)
             if rest is not None:
                 request.MergeFrom(rest)
             if not request.HasField("ticket"):
