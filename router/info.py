@@ -55,6 +55,8 @@ class WorkerInfo:
     """Requests this router has in this worker's decode craft."""
     prefill_tokens: int = 0
     """Prompt tokens this router waits for in this worker's prefill craft."""
+    _sized: worker_pb2.WorkerDescription | None = None
+    _size: tuple[int, int] = (0, 0)
 
     @property
     def label(self) -> str:
@@ -90,13 +92,6 @@ class WorkerInfo:
             self.prefill_tokens -= num_tokens
 
     @property
-    def kv_token_bytes(self) -> int:
-        """Bytes of one token's KV."""
-        layout = self.description.layout
-        size = 4 if layout.dtype == "float32" else 2
-        return 2 * layout.num_layers * layout.num_kv_heads * layout.head_dim * size
-
-    @property
     def can_prefill(self) -> bool:
         """Whether its role includes prefill."""
         return self.role in ("prefill", "both")
@@ -109,5 +104,22 @@ class WorkerInfo:
     @property
     def max_tokens(self) -> int:
         """Most tokens of one sequence it can hold; 0 until it is described."""
+        return self._sizes()[0]
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """Bytes of one token's KV."""
+        return self._sizes()[1]
+
+    def _sizes(self) -> tuple[int, int]:
+        """Both, worked out once for each description: every choice asks for them."""
         described = self.description
-        return min(described.max_model_len, described.num_blocks * described.layout.block_size)
+        if self._sized is not described:
+            layout = described.layout
+            value_bytes = 4 if layout.dtype == "float32" else 2
+            self._size = (
+                min(described.max_model_len, described.num_blocks * layout.block_size),
+                2 * layout.num_layers * layout.num_kv_heads * layout.head_dim * value_bytes,
+            )
+            self._sized = described
+        return self._size

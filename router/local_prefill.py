@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from router.info import WorkerInfo
-from router.reckoning import Reckoning, decode_load
+from router.reckoning import Reckoning
 
 MEMORY_S = 30.0
 """Seconds after which what was sent where counts half."""
@@ -74,7 +74,7 @@ def why_local(
     decoders: Sequence[WorkerInfo], prefiller: WorkerInfo, reckon: Reckoning, config: LocalPrefillConfig
 ) -> tuple[WorkerInfo, str] | None:
     """The decode worker that should compute the prompt itself, and why; None: the prefill worker does."""
-    free = [info for info in decoders if decode_load(info) < config.max_load]
+    free = [info for info in decoders if reckon.load(info) < config.max_load]
     if not free:
         return None
     best = min(free, key=reckon.local_s)

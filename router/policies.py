@@ -101,13 +101,11 @@ def usable(workers: Sequence[WorkerInfo], demand: Demand, has_role: Callable[[Wo
     fit = [
         info
         for info in workers
-        if info.state is WorkerState.READY
-        and has_role(info)
-        and info.max_tokens >= demand.num_tokens
-        and info.life not in demand.excluded
-        and info.life not in demand.full
+        if info.state is WorkerState.READY and has_role(info) and info.max_tokens >= demand.num_tokens
     ]
-    return [info for info in fit if info.life not in demand.avoided] or fit
+    if refused := demand.excluded | demand.full:
+        fit = [info for info in fit if info.life not in refused]
+    return [info for info in fit if info.life not in demand.avoided] or fit if demand.avoided else fit
 
 
 def ranked(workers: list[WorkerInfo], score: Score, policy: PolicyName, turn: int) -> list[WorkerInfo]:

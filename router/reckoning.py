@@ -49,6 +49,7 @@ class Reckoning:
     config: KvAwareConfig
     _held: dict[WorkerInfo, int] = field(default_factory=dict)
     """Tokens that each worker holds, as far as it was asked for."""
+    _loads: dict[WorkerInfo, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, num_tokens: int, prefix: KnownPrefix, prefillers: Sequence[WorkerInfo], config: KvAwareConfig) -> Self:
@@ -67,6 +68,13 @@ class Reckoning:
         """Tokens that a worker would have to compute, or to be sent; at least one is always computed."""
         return max(1, self.num_tokens - self.held(info))
 
+    def load(self, info: WorkerInfo) -> float:
+        """How full a worker is, from 0 to 1."""
+        load = self._loads.get(info)
+        if load is None:
+            load = self._loads[info] = decode_load(info)
+        return load
+
     def wait_s(self, info: WorkerInfo) -> float:
         """Until a prefill worker comes to the prompt; 0 while no rate is known."""
         rate = info.stats.prompt_tokens_per_s or self.usual_rate
@@ -80,7 +88,7 @@ class Reckoning:
     def decode_s(self, info: WorkerInfo) -> float:
         """What speaks against decoding there."""
         transfer_s = self.missing(info) * info.kv_token_bytes / (info.pair_bytes_per_s or USUAL_PAIR_RATE)
-        return self.config.decode_load_s * decode_load(info) + self.config.transfer_weight * transfer_s
+        return self.config.decode_load_s * self.load(info) + self.config.transfer_weight * transfer_s
 
     def local_s(self, info: WorkerInfo) -> float:
         """Until a decode worker has computed the prompt itself."""
@@ -89,7 +97,7 @@ class Reckoning:
 
     def both_s(self, info: WorkerInfo) -> float:
         """What speaks against having one worker do it all."""
-        return self.local_s(info) + self.config.decode_load_s * decode_load(info)
+        return self.local_s(info) + self.config.decode_load_s * self.load(info)
 
 
 def prefill_load(info: WorkerInfo) -> float:
