@@ -65,8 +65,16 @@ VARIANTS = (
 )
 
 
+@dataclass(frozen=True)
+class Running:
+    """A cluster that is up."""
+
+    endpoint: Endpoint
+    run_dir: RunDir
+
+
 @contextmanager
-def running(config: dict[str, Any]) -> Iterator[Endpoint]:
+def running(config: dict[str, Any]) -> Iterator[Running]:
     """A cluster of that configuration, for as long as the context lasts."""
     with tempfile.TemporaryDirectory(prefix="pdserve-bench-") as folder:
         file, run_dir = Path(folder) / "cluster.yaml", Path(folder) / "run"
@@ -76,7 +84,7 @@ def running(config: dict[str, Any]) -> Iterator[Endpoint]:
             pdserve(["up", "-f", str(file)], environment, UP_TIMEOUT_S)
             state = RunDir(run_dir).running()
             assert state is not None, "`pdserve up` succeeded, so a cluster runs"
-            yield Endpoint(address=state.routers[0])
+            yield Running(Endpoint(address=state.routers[0]), RunDir(run_dir))
         finally:
             pdserve(["down"], environment, DOWN_TIMEOUT_S)
 
@@ -125,9 +133,9 @@ def main(config: Path, slo_ttft_ms: float, slo_itl_ms: float, as_json: bool, **o
     base = yaml.safe_load(config.read_text())
     reports: dict[str, LoadReport] = {}
     for variant in VARIANTS:
-        with running(variant.config(base)) as endpoint:
-            click.echo(f"{variant.name}: measuring at {endpoint.address}", err=True)
-            report = reports[variant.name] = asyncio.run(measure(endpoint, profile, slo))
+        with running(variant.config(base)) as cluster:
+            click.echo(f"{variant.name}: measuring at {cluster.endpoint.address}", err=True)
+            report = reports[variant.name] = asyncio.run(measure(cluster.endpoint, profile, slo))
             for message in report.failure_messages.values():
                 click.echo(f"first failure of its kind: {message}", err=True)
     date = time.strftime("%Y-%m-%d")

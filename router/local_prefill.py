@@ -81,7 +81,7 @@ def why_local(
     missing, wait_s = reckon.missing(best), reckon.wait_s(prefiller)
     if missing <= config.short_tokens:
         return best, f"{missing} tokens are missing there"
-    if reckon.local_s(best) >= reckon.prefill_s(prefiller):
+    if reckon.local_s(best) >= reckon.split_s(prefiller):
         return None
     if missing < reckon.missing(prefiller):
         return best, f"{missing} tokens are missing there, {reckon.missing(prefiller)} at {prefiller.label}"

@@ -23,9 +23,11 @@ class KvAwareConfig:
     """Seconds of waiting that a decode worker without any room is taken for; one that is half full for half of it."""
     transfer_weight: float = 1.0
     """How much of a transfer counts; it is mostly hidden behind the prefill, but takes from those that decode."""
+    handover_s: float = 0.003
+    """Seconds that two workers take longer than one that does it all, whatever the prompt."""
 
     def __post_init__(self) -> None:
-        for name in ("decode_load_s", "transfer_weight"):
+        for name in ("decode_load_s", "transfer_weight", "handover_s"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
@@ -84,6 +86,10 @@ class Reckoning:
         """Until a prefill worker has computed the prompt."""
         rate = info.stats.prompt_tokens_per_s or self.usual_rate or USUAL_RATE
         return (prefill_load(info) + self.missing(info)) / rate
+
+    def split_s(self, info: WorkerInfo) -> float:
+        """Until a decode worker has what a prefill worker has computed."""
+        return self.prefill_s(info) + self.config.handover_s
 
     def decode_s(self, info: WorkerInfo) -> float:
         """What speaks against decoding there."""
