@@ -36,8 +36,6 @@ USUAL_RATE = 10_000.0
 """Prompt tokens a second of a fleet of which no worker has computed any: so that costs can be compared at all."""
 USUAL_PAIR_RATE = 1e9
 """Bytes a second at which KV comes to a worker that has no pair yet."""
-UNKNOWN_LOCAL = 0.5
-"""What a decode worker that has computed no prompt yet is taken to make of the usual rate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +45,8 @@ class Reckoning:
     num_tokens: int
     prefix: KnownPrefix
     usual_rate: float
-    """Prompt tokens a second of a prefill worker that has not said yet; 0: none has."""
+    """Prompt tokens a second of a worker that has not said yet, and will once it has computed a prompt; 0: of none is
+    a rate known."""
     config: KvAwareConfig
     _held: dict[WorkerInfo, int] = field(default_factory=dict)
     """Tokens that each worker holds, as far as it was asked for."""
@@ -98,7 +97,7 @@ class Reckoning:
 
     def local_s(self, info: WorkerInfo) -> float:
         """Until a decode worker has computed the prompt itself."""
-        rate = info.stats.prompt_tokens_per_s or UNKNOWN_LOCAL * (self.usual_rate or USUAL_RATE)
+        rate = info.stats.prompt_tokens_per_s or self.usual_rate or USUAL_RATE
         return (prefill_load(info) + self.missing(info)) / rate
 
     def both_s(self, info: WorkerInfo) -> float:

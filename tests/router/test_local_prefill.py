@@ -82,11 +82,12 @@ def test_a_prompt_that_the_decode_worker_holds_most_of() -> None:
     made = route(*workers, prefix=held(d0=7, p0=2)(workers))
     assert (made.prefill, made.local_tokens) == (None, 30)
     assert made.reason == "prefilled where it is decoded: 30 tokens are missing there, 80 at p0/1"
-    assert route(*workers, prefix=held(d0=7, p0=6)(workers)).prefill is not None, "it is taken to be half as fast"
-    as_fast = [workers[0], decoder(prompt_tokens_per_s=900.0)]
-    assert route(*as_fast, prefix=held(d0=7, p0=6)(as_fast)).prefill is None
-    assert route(*as_fast, prefix=held(d0=7, p0=7)(as_fast)).prefill is not None
-    assert route(workers[0], decoder(waiting_tokens=20), prefix=held(d0=7, p0=2)(workers)).prefill is not None
+    assert route(*workers, prefix=held(d0=7, p0=6)(workers)).prefill is None, "it is taken to be as fast"
+    slower = [workers[0], decoder(prompt_tokens_per_s=600.0)]
+    assert route(*slower, prefix=held(d0=7, p0=6)(slower)).prefill is not None
+    assert route(*workers, prefix=held(d0=7, p0=7)(workers)).prefill is not None
+    busy = [workers[0], decoder(waiting_tokens=60)]
+    assert route(*busy, prefix=held(d0=7, p0=2)(busy)).prefill is not None
 
 
 def test_the_limit_is_asked_for_what_is_computed() -> None:
@@ -108,7 +109,7 @@ def test_the_limit_is_asked_for_what_is_computed() -> None:
         ("it is switched off", [prefiller(500), decoder()], None),
         ("another prefill worker is free", [prefiller(500), worker("p1", "prefill"), decoder()], RULE),
         ("its places are taken", [prefiller(500), decoder(num_running=8)], RULE),
-        ("it has prompts of its own", [prefiller(500), decoder(waiting_tokens=300)], RULE),
+        ("it has prompts of its own", [prefiller(500), decoder(waiting_tokens=600)], RULE),
         ("it is slow", [prefiller(500), decoder(prompt_tokens_per_s=160.0)], RULE),
     ],
 )
