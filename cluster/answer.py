@@ -55,6 +55,7 @@ class Answer:
             "timing": {name: getattr(finished.timing, name) for name in _field_names(Timing)},
             "prefill_worker": finished.prefill_worker,
             "decode_worker": finished.decode_worker,
+            "route": finished.route or None,
         }
         if self.logprobs:
             document["logprobs"] = [_logprobs_json(position) for position in self.logprobs]

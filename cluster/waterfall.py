@@ -26,6 +26,8 @@ def waterfall(finished: Finished, *, width: int = 40) -> str:
         lines.append(f"  {label:<17} {bar:<{width + 1}} {format_seconds(duration_s):>8}")
         start_s += duration_s
     lines += ["  " + " · ".join(parts) for parts in (_totals(finished), _places(finished)) if parts]
+    if finished.route:
+        lines.append(f"  route: {finished.route}")
     return "\n".join(lines)
 
 

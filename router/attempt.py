@@ -58,11 +58,15 @@ class AttemptContext:
 class Attempt:
     """One try; the dispatcher opens, follows and closes it."""
 
-    def __init__(self, job: Job, decode: WorkerLink, prefill: WorkerLink | None, context: AttemptContext) -> None:
+    def __init__(
+        self, job: Job, decode: WorkerLink, prefill: WorkerLink | None, reason: str, context: AttemptContext
+    ) -> None:
+        """`reason`: why these workers were chosen."""
         self.state = AttemptState.NEW
         self._job = job
         self._decode = decode
         self._prefill = prefill
+        self._reason = reason
         self._context = context
         self._number = job.attempts.begin()
         self.num_tokens = job.num_tokens
@@ -108,6 +112,7 @@ class Attempt:
         self._job.timeline.mark(Moment.RESERVED)
         self._job.decode_worker = self._decode.info.label
         self._job.prefill_worker = (self._prefill or self._decode).info.label
+        self._job.route = self._reason
         if not self._resumed:
             self._job.num_cached = reply.cached_tokens
 

@@ -30,6 +30,8 @@ class Job:
     """What it waits for, from whom."""
     prefill_worker: str = ""
     decode_worker: str = ""
+    route: str = ""
+    """Why these were chosen."""
     _told: worker_pb2.EngineRequest | None = None
     """What workers were told last: the prompt is turned into a message once."""
 

@@ -178,6 +178,7 @@ class Session:
             timing=self._timeline.timing(),
             prefill_worker=job.prefill_worker,
             decode_worker=job.decode_worker,
+            route=job.route if self._request.explain else "",
         )
         try:
             async with asyncio.timeout(limit_s):
@@ -212,6 +213,7 @@ class Session:
                 "num_failed_attempts": job.attempts.num_failed,
                 "prefill_worker": job.prefill_worker,
                 "decode_worker": job.decode_worker,
+                "route": job.route,
                 "ttft_s": timeline.between(Moment.ARRIVED, Moment.FIRST_SENT),
                 "total_s": timeline.between(Moment.ARRIVED, Moment.ENDED),
             },

@@ -56,6 +56,7 @@ class Output:
 def generate(endpoint: Endpoint, sampling: Sampling, stream: bool, timing: bool, as_json: bool, **options: Any) -> None:
     """Generate from PROMPT (- reads stdin) and stream the answer to stdout."""
     request = _make_request(sampling=sampling, **options)
+    request.explain = timing or as_json
     output = Output(stream=stream and not as_json, timing=timing, as_json=as_json)
     asyncio.run(_generate(endpoint, request, output))
 

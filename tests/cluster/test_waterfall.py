@@ -32,6 +32,11 @@ def test_one_worker_is_named_once():
     assert waterfall(finished).endswith("\n  w/1")
 
 
+def test_why_these_workers_is_told_where_it_is_known():
+    finished = Finished(prefill_worker="p/1", decode_worker="d/1", route="kv_aware: split")
+    assert waterfall(finished).endswith("\n  p/1 → d/1\n  route: kv_aware: split")
+
+
 @pytest.mark.parametrize(
     ("tail", "busy", "share"), [(0.0, 2.0, 1.0), (1.0, 2.0, 0.5), (3.0, 2.0, 0.0), (0.0, 0.0, None)]
 )

@@ -78,3 +78,17 @@ def test_a_prefill_worker_that_refuses_the_prompt_early(model: Path) -> None:
             await made.idle()
 
     run(scenario())
+
+
+def test_the_choice_is_explained_to_who_asks(model: Path) -> None:
+    async def scenario() -> None:
+        async with cluster(model) as made:
+            request = ask("r1", num=3)
+            plain = await made.ask(request)
+            request.request_id, request.explain = "r2", True
+            told = await made.ask(request)
+            assert plain.finished is not None
+            assert told.finished is not None
+            assert (plain.finished.route, told.finished.route) == ("", "kv_aware: split")
+
+    run(scenario())
