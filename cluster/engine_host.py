@@ -145,7 +145,7 @@ class HostSession:
                 self._engine.loop.call(self._decode.close).result(LOOP_CALL_TIMEOUT_S)
             finally:
                 node.stop()
-            self._engine.loop.call(self._check_closed).result(LOOP_CALL_TIMEOUT_S)
+            self._engine.loop.call(self._leave_loop).result(LOOP_CALL_TIMEOUT_S)
             self._node = None
 
     def stats(self) -> pb.WorkerStats:
@@ -248,9 +248,12 @@ class HostSession:
         self._engine.loop.on_step = self._after_step
         self._flush()
 
+    def _leave_loop(self) -> None:
+        self._engine.pool.log = None
+        self._check_closed()
+
     def _check_closed(self) -> None:
         """Every block of the epoch is back, or the engine says which is not."""
-        self._engine.pool.log = None
         if self._prefill is not None and self._decode is not None:
             self._engine.check_integrity([*self._prefill.holders(), *self._decode.holders()])
 

@@ -12,6 +12,8 @@ from engine.config import ModelOptions
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc
 from protos.auth import WORKER_METADATA_KEY, worker_key
+from router.info import WorkerInfo
+from router.prefix_index import PrefixIndex
 from tests.mini_cluster import SECRET, MiniCluster, MiniWorker, Shape
 from tests.session_pair import make_request
 
@@ -141,5 +143,36 @@ def test_a_router_hears_soon_what_another_ones_tokens_changed(tiny_llama, tmp_pa
         assert heard < 150, "not for each step"
         call.cancel()
         other.cancel()
+
+    run(tiny_llama, tmp_path, scenario)
+
+
+def test_block_events_add_up_and_are_told_anew_on_request(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(service, "STATS_PERIOD_S", 0.2)
+
+    async def scenario(worker, stub):
+        call = stub.Attach(metadata=METADATA)
+        await call.write(pb.AttachRequest(hello=pb.AttachHello(router_id="r")))
+        first = await call.read()
+        assert first.blocks.is_snapshot
+        assert not first.blocks.stored
+        check = await worker.front.link.call(pb.EngineCommand(check=pb.CheckIntegrity()), 30)
+        assert check.WhichOneof("result") == "stats"
+        index, info = PrefixIndex(), WorkerInfo("d", 1, "decode", "x:1")
+        assert index.apply(info, first.blocks)
+        await reserve(worker, stub, "mine", local_prefill=True)
+        ended = False
+        while not ended or index.num_held(info) < 14:  # of 40 tokens and an answer of 200
+            event = await call.read()
+            if event.HasField("blocks"):
+                assert not event.blocks.is_snapshot
+                assert index.apply(info, event.blocks)
+            ended = ended or any(output.finish for output in event.outputs)
+        held = index.num_held(info)
+        await call.write(pb.AttachRequest(heartbeat=pb.Heartbeat(wants_blocks=True)))
+        while not (event := await call.read()).blocks.is_snapshot:
+            pass
+        assert len(event.blocks.stored) == held
+        call.cancel()
 
     run(tiny_llama, tmp_path, scenario)
