@@ -107,17 +107,14 @@ class PrefillWorker:
         task = PrefillTask(sequence, answer, Identity(wanted.worker_id, wanted.epoch))
         if task.key in self._tasks:
             raise CapacityError(f"attempt {request.attempt} of request {request.request_id} is already running here")
+        early = self._early.take(sequence.owner, task.receiver, task.key)
         if ticket is not None:
             self._start(task, ticket)
             return
         self._tasks[task.key] = task
         self.num_waiting += 1
-        early = self._early.take(sequence.owner, task.receiver, task.key)
-        if early is not None and self._take(task, early):
-            return
-        name, receiver, loop = task.key, task.receiver, self._engine.loop
-        arrival = sequence.arrival
-        self._node.call_later(TICKET_WAIT_S, lambda: loop.post(lambda: self._give_up(name, receiver, arrival)))
+        if early is None or not self._take(task, early):
+            self._bound_wait(task.key, task.receiver, sequence.arrival)
 
     def take_ticket(self, message: pb.KVTicket) -> None:
         """The router has sent a ticket behind its prompt, which may have had it before."""
@@ -249,6 +246,11 @@ class PrefillWorker:
     def num_open(self) -> int:
         """Prefills not yet settled."""
         return len(self._tasks)
+
+    def _bound_wait(self, key: Key, receiver: Identity, arrival: float) -> None:
+        """See to it that a prompt does not wait for ever; what is kept for that is small."""
+        loop = self._engine.loop
+        self._node.call_later(TICKET_WAIT_S, lambda: loop.post(lambda: self._give_up(key, receiver, arrival)))
 
     def _give_up(self, key: Key, receiver: Identity, arrival: float) -> None:
         task = self._tasks.get(key)
