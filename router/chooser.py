@@ -73,6 +73,7 @@ class Chooser:
             split=self._split,
             policy=config.policy,
             turn=self._turn,
+            alone=self._split and config.serve_alone and self._fleet.roster.lacks_a_role,
             weights=config.kv_aware,
             local=config.local_prefill,
             allows=self._share.allows,

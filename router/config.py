@@ -26,6 +26,9 @@ class RouterConfig:
     """How the policy kv_aware weighs."""
     local_prefill: LocalPrefillConfig = field(default_factory=LocalPrefillConfig)
     """When a decode worker computes a prompt itself instead of letting it wait for a prefill worker."""
+    serve_alone: bool = False
+    """Whether, while no worker of one role is ready, those of the other do both jobs (mode split); else requests are
+    refused until one comes back."""
     default_max_tokens: int = 256
     """Tokens to generate when the client names no number."""
     default_deadline_s: float = 600.0

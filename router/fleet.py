@@ -78,8 +78,10 @@ class Fleet:
         return self._links[info.worker_id]
 
     def serves(self, *, split: bool) -> bool:
-        """Whether every role that is needed has a worker in READY."""
+        """Whether every role that is needed has a worker in READY; any role, where one may serve alone."""
         ready = [info for info in self.workers() if info.state is WorkerState.READY]
+        if split and self._config.serve_alone:
+            return bool(ready)
         return any(info.can_decode for info in ready) and (not split or any(info.can_prefill for info in ready))
 
     def pool_tokens(self, *, split: bool) -> int | None:
@@ -87,6 +89,8 @@ class Fleet:
         ready = [info for info in self.workers() if info.state is WorkerState.READY]
         decode = max((info.max_tokens for info in ready if info.can_decode), default=None)
         prefill = max((info.max_tokens for info in ready if info.can_prefill), default=None)
+        if split and self._config.serve_alone and (decode is None or prefill is None):
+            return decode or prefill
         if decode is None or not split:
             return decode
         return None if prefill is None else min(decode, prefill)

@@ -59,22 +59,24 @@ def choose(
     split: bool,
     policy: PolicyName,
     turn: int,
+    alone: bool = False,
     weights: KvAwareConfig | None = None,
     local: LocalPrefillConfig | None = None,
     allows: Callable[[int, int], bool] = lambda num_tokens, num_local: True,
 ) -> Route | None:
     """A route, or None if some role has no worker left. `turn` grows with each request, and spreads ties.
 
-    `local`: when a decode worker may compute a prompt although there is a prefill worker (None: never), as far as
-    `allows(tokens, of these computed there)`.
+    `alone`: whoever is there does both jobs, whatever its role. `local`: when a decode worker may compute a prompt
+    although there is a prefill worker (None: never), as far as `allows(tokens, of these computed there)`.
     """
-    decoders = usable(workers, demand, lambda info: info.can_decode)
-    prefillers = usable(workers, demand, lambda info: info.can_prefill) if split else []
+    decoders = usable(workers, demand, lambda info: alone or info.can_decode)
+    prefillers = usable(workers, demand, lambda info: info.can_prefill) if split and not alone else []
     reckon = Reckoning.of(demand.num_tokens, demand.prefix, prefillers, weights or KvAwareConfig())
     is_aware = policy == "kv_aware"
-    if not split:
+    if alone or not split:
         decoders = ranked(decoders, reckon.both_s if is_aware else decode_load, policy, turn)
-        return Route(decoders[0], None, f"{policy}: colocated") if decoders else None
+        why = "there is no worker of the other role" if alone else "colocated"
+        return Route(decoders[0], None, f"{policy}: {why}") if decoders else None
     decoders = ranked(decoders, reckon.decode_s if is_aware else decode_load, policy, turn)
     prefillers = ranked(prefillers, reckon.prefill_s if is_aware else prefill_load, policy, turn)
     for decoder in decoders:

@@ -22,6 +22,8 @@ class Roster:
         self._ready = [info for info in workers if info.state is WorkerState.READY]
         self._prefillers = [info for info in self._ready if info.can_prefill]
         self._decoders = [info for info in self._ready if info.can_decode]
+        self.lacks_a_role = not (self._prefillers and self._decoders)
+        """Whether a split request finds nobody for one of its parts."""
         layouts = {(at.model_hash, at.dtype, at.block_size) for at in (info.description.layout for info in self._ready)}
         self.chains = [(root_hash(*layout), layout[2]) for layout in layouts if layout[2]]
         """Root and block size of each way to name blocks in this fleet: one, but while it is being renewed."""

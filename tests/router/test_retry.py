@@ -208,3 +208,29 @@ def test_attempts_count_failures_and_keep_away_from_who_failed() -> None:
             attempts.failed(AttemptFailedError("c"), frozenset())
 
     run(scenario())
+
+
+@pytest.mark.parametrize("gone", ["prefill", "decode"])
+def test_one_role_serves_alone_where_that_is_allowed(model: Path, gone: str) -> None:
+    """A stream goes on, new requests are served, and both roles share the work again once both are there."""
+
+    async def scenario() -> None:
+        async with cluster(model, behaviour=Behaviour(step_s=0.005), serve_alone=True) as made:
+            (lost,) = [worker for worker in made.workers.values() if worker.role == gone]
+            (left,) = [worker for worker in made.workers.values() if worker.role != gone]
+            answer = await stream_across(made, lambda _: lost.kill())
+            assert answer.token_ids == expected_answer(PROMPT, 60)
+            request = ask("r2", num=5)
+            request.explain = True
+            alone = await made.ask(request)
+            assert alone.token_ids == expected_answer(PROMPT, 5)
+            assert alone.finished is not None
+            assert alone.finished.prefill_worker == alone.finished.decode_worker == f"{left.worker_id}/1"
+            assert alone.finished.route == "kv_aware: there is no worker of the other role"
+            await made.add_worker("back", lost.role)
+            await made.ready(2)
+            both = await made.ask(ask("r3", num=5))
+            assert both.finished is not None
+            assert "back/1" in (both.finished.prefill_worker, both.finished.decode_worker)
+
+    run(scenario())
