@@ -14,6 +14,7 @@ import logging
 import threading
 from collections.abc import Callable
 
+from cluster.engine_messages import engine_stats, error_message
 from decode_pool.config import DecodeOptions
 from decode_pool.worker import DecodeWorker
 from engine.batch import LayerHook, StepPlan
@@ -28,7 +29,7 @@ from kv_transfer.group import TransferGroup
 from kv_transfer.layout import KVLayout
 from kv_transfer.node import TransferNode
 from kv_transfer.ticket import KVTicket
-from prefill_pool.worker import PrefillAborted, PrefillWorker
+from prefill_pool.worker import PrefillWorker
 from protos import worker_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -357,19 +358,6 @@ def _not_started() -> pb.EngineReply:
     raise EngineError("no epoch has been started")
 
 
-def error_message(error: Exception) -> pb.EngineError:
-    """An exception as the status a router can act on."""
-    match error:
-        case InvalidRequestError():
-            return pb.EngineError(status="INVALID_ARGUMENT", message=f"{error.field}: {error}")
-        case CapacityError():
-            return pb.EngineError(status="RESOURCE_EXHAUSTED", message=str(error), retry_after_s=error.retry_after_s)
-        case PrefillAborted():
-            return pb.EngineError(status="ABORTED", message=str(error))
-        case _:
-            return pb.EngineError(status="INTERNAL", message=f"{type(error).__name__}: {error}")
-
-
 def kv_layout(runner: ModelRunner, model_hash: str) -> KVLayout:
     """How a rank's KV lies, and what of it the rank has."""
     return KVLayout(
@@ -381,23 +369,4 @@ def kv_layout(runner: ModelRunner, model_hash: str) -> KVLayout:
         dtype=str(runner.dtype).removeprefix("torch."),
         tp_rank=runner.parallel.rank,
         tp_size=runner.parallel.size,
-    )
-
-
-def engine_stats(engine: Engine) -> pb.WorkerStats:
-    """The engine's own counters as a message."""
-    stats = engine.scheduler.stats()
-    return pb.WorkerStats(
-        num_running=stats.num_running,
-        num_waiting=stats.num_waiting,
-        free_blocks=stats.free_blocks,
-        num_blocks=stats.num_blocks,
-        waiting_tokens=stats.waiting_tokens,
-        steps=stats.steps,
-        computed_tokens=stats.computed_tokens,
-        cached_tokens=stats.cached_tokens,
-        preemptions=stats.preemptions,
-        generated_tokens=stats.generated_tokens,
-        findable_blocks=stats.findable_blocks,
-        prompt_tokens_per_s=engine.loop.prompt_rate.tokens_per_s,
     )
