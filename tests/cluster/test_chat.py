@@ -95,7 +95,11 @@ class Terminal:
 
     def __init__(self, double: Double, *arguments: str) -> None:
         self._master, slave = pty.openpty()
-        code = "import sys; from cluster.commands.chat import chat; chat(sys.argv[1:])"
+        # A shell that runs these tests in the background has them, and what they start, ignore Ctrl-C.
+        code = (
+            "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+            "from cluster.commands.chat import chat; chat(sys.argv[1:])"
+        )
         command = [sys.executable, "-c", code, "--address", double.address, *arguments]
         environment = {**os.environ, "TERM": "dumb", "GRPC_VERBOSITY": "NONE"}
         self.process = subprocess.Popen(
