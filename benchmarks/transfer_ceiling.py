@@ -21,9 +21,10 @@ from benchmarks.transfer_report import Report, Sheet
 from benchmarks.transfer_rig import Rig
 from benchmarks.transfer_side import Side
 from kv_transfer.context import MIB
-from kv_transfer.rendezvous import PairStore
+from kv_transfer.rendezvous import pair_store
 from kv_transfer.transport import ChannelOptions, Transfer, Transport, open_transport
 from kv_transfer.transport import Side as End
+from protos.rendezvous import Rendezvous
 
 CONNECT_TIMEOUT_S = 30.0
 NUM_BUFFERS = 4
@@ -40,7 +41,7 @@ class Channel:
     def __init__(self, side: Side) -> None:
         self._side = side
         self._numbers = itertools.count(1)
-        self._store: PairStore | None = None
+        self._store: Rendezvous | None = None
         self._transport: Transport | None = None
         self._buffers: list[torch.Tensor] = []
         self._done = threading.Event()
@@ -49,7 +50,7 @@ class Channel:
         """Connect with the other process, which does the same; seconds it took."""
         began = time.monotonic()
         side, kind = self._side, f"store {next(self._numbers)}"
-        store = PairStore(lambda key, value: side.link.send(kind, (key, value)), CONNECT_TIMEOUT_S)
+        store = pair_store(lambda key, value: side.link.send(kind, (key, value)), CONNECT_TIMEOUT_S)
         inbox = side.link.inbox(kind)
         self._done = done = threading.Event()
         pump = threading.Thread(target=_pump, args=(inbox, store, done), name=kind, daemon=True)
@@ -94,7 +95,7 @@ class Channel:
             torch.cuda.empty_cache()
 
 
-def _pump(inbox: queue.SimpleQueue[Any], store: PairStore, done: threading.Event) -> None:
+def _pump(inbox: queue.SimpleQueue[Any], store: Rendezvous, done: threading.Event) -> None:
     """Bring what the other end sets."""
     while not done.is_set():
         try:

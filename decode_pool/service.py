@@ -15,7 +15,7 @@ from typing import Any
 
 import grpc
 
-from engine.block_log import BlockMirror, joined
+from engine.block_log import BlockChanges, BlockMirror
 from engine.ipc import EngineGoneError
 from engine.link import EngineLink
 from protos import worker_pb2 as pb
@@ -30,6 +30,8 @@ STATS_LAG_S = 0.1
 """A router hears this soon of statistics that have changed, if not with tokens before."""
 ROUTER_SILENCE_S = 10.0
 """A router that sends no heartbeat for so long is gone."""
+MIN_KEPT_KEYS = 4096
+"""Of a router that does not read, no more block events are kept than twice what a snapshot has, and so many."""
 MAX_QUEUED_EVENTS = 10_000
 """Step messages kept for a router that does not read."""
 CALL_TIMEOUT_S = 30.0
@@ -47,17 +49,8 @@ class _Attached:
     """None ends the stream."""
     telling: asyncio.TimerHandle | None = None
     """Statistics that are about to be sent."""
-    blocks: pb.BlockEvents | None = None
+    blocks: BlockChanges = field(default_factory=BlockChanges)
     """Block events that are to be sent with the next message."""
-
-    def add_blocks(self, events: pb.BlockEvents) -> None:
-        """Have block events sent."""
-        self.blocks = events if self.blocks is None or events.is_snapshot else joined(self.blocks, events)
-
-    def take_blocks(self) -> pb.BlockEvents | None:
-        """What is to be sent of them now."""
-        blocks, self.blocks = self.blocks, None
-        return blocks
 
     def forget(self) -> None:
         """Drop what is queued."""
@@ -80,7 +73,9 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         if step.HasField("blocks"):
             self._mirror.apply(step.blocks)
             for attached in self._attached.values():
-                attached.add_blocks(step.blocks)
+                attached.blocks.add(step.blocks)
+                if len(attached.blocks) > 2 * len(self._mirror) + MIN_KEPT_KEYS:
+                    attached.blocks.add(self._mirror.snapshot())
         behind = dict(self._attached)
         for outputs in step.outputs:
             router = behind.pop(outputs.router_id, None)
@@ -92,7 +87,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
                 self._detach(router)
             else:
                 event = pb.AttachEvent(outputs=outputs.outputs, stats=step.stats, draining=self.draining)
-                event.MergeFrom(pb.AttachEvent(blocks=router.take_blocks()))
+                event.MergeFrom(pb.AttachEvent(blocks=router.blocks.take()))
                 router.queue.put_nowait(event)
         for attached in behind.values():
             if attached.telling is None:
@@ -183,13 +178,14 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
 
     def _tell_stats(self, router: _Attached) -> None:
         router.telling = None
-        router.queue.put_nowait(self._news_for(router))
+        if router.queue.empty():  # else it does not read just now, and will hear with what it reads last
+            router.queue.put_nowait(self._news_for(router))
 
     def _news_for(self, router: _Attached) -> pb.AttachEvent:
         return pb.AttachEvent(
             stats=self._link.stats,
             draining=self.draining,
-            blocks=router.take_blocks(),
+            blocks=router.blocks.take(),
             pair_bytes_per_s=self._link.pair_bytes_per_s,
         )
 
@@ -210,7 +206,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
                     heartbeat = (await anext(requests)).heartbeat
                 self._link.send(renew)
                 if heartbeat.wants_blocks:
-                    router.add_blocks(self._mirror.snapshot())
+                    router.blocks.add(self._mirror.snapshot())
         self._detach(router)
 
     async def _end_with_epoch(self, router: _Attached) -> None:

@@ -11,11 +11,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import xxhash
 
 HASH_BYTES = 16
-_TOKEN_BYTES = 4
 
 
 def root_hash(model_hash: str, dtype: str, block_size: int, salt: str = "") -> bytes:
@@ -27,22 +25,15 @@ def root_hash(model_hash: str, dtype: str, block_size: int, salt: str = "") -> b
     return bytes(digest.digest())
 
 
-def block_hashes(token_ids: Sequence[int], block_size: int, root: bytes) -> list[bytes]:
-    """The hashes of the full blocks of `token_ids`, first block first; a partial last block has none."""
-    packed = np.asarray(token_ids, dtype="<i4").tobytes()
-    stride = block_size * _TOKEN_BYTES
-    hashes: list[bytes] = []
-    parent = root
-    for start in range(0, len(token_ids) // block_size * stride, stride):
-        parent = bytes(xxhash.xxh3_128_digest(parent + packed[start : start + stride]))
-        hashes.append(parent)
-    return hashes
-
-
 def each_block_hash(token_ids: Sequence[int], block_size: int, root: bytes) -> Iterator[bytes]:
-    """The same one by one, for those who may not want all."""
+    """The hashes of the full blocks of `token_ids`, first block first; a partial last block has none."""
     pack = struct.Struct(f"<{block_size}i").pack
     parent = root
     for start in range(0, len(token_ids) - block_size + 1, block_size):
         parent = bytes(xxhash.xxh3_128_digest(parent + pack(*token_ids[start : start + block_size])))
         yield parent
+
+
+def block_hashes(token_ids: Sequence[int], block_size: int, root: bytes) -> list[bytes]:
+    """All of them."""
+    return list(each_block_hash(token_ids, block_size, root))

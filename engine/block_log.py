@@ -40,14 +40,41 @@ class BlockLog:
         if not self._changed and self._number:
             return None
         changed, self._changed = self._changed, {}
-        before, self._number = self._number, self._number + 1
-        return pb.BlockEvents(
-            after=before,
-            number=self._number,
-            is_snapshot=not before,
-            stored=[key for key, is_there in changed.items() if is_there],
-            evicted=[key for key, is_there in changed.items() if not is_there],
-        )
+        self._number += 1
+        return _events(changed, self._number - 1, self._number, is_snapshot=self._number == 1)
+
+
+class BlockChanges:
+    """Events on their way to one listener, added up: however long it does not listen, each key counts once."""
+
+    def __init__(self) -> None:
+        self._changed: dict[int, bool] = {}
+        self._after: int | None = None
+        """None: nothing is on its way."""
+        self._number = 0
+        self._is_snapshot = False
+
+    def __len__(self) -> int:
+        return len(self._changed)
+
+    def add(self, events: pb.BlockEvents) -> None:
+        """Take events in that follow on the last ones, or a snapshot, which replaces them."""
+        if events.is_snapshot:
+            self._changed.clear()
+            self._after, self._is_snapshot = events.after, True
+        elif self._after is None:
+            self._after = events.after
+        self._changed.update(dict.fromkeys(events.evicted, False))
+        self._changed.update(dict.fromkeys(events.stored, True))
+        self._number = events.number
+
+    def take(self) -> pb.BlockEvents | None:
+        """All of them as one; None if there are none."""
+        if self._after is None:
+            return None
+        events = _events(self._changed, self._after, self._number, is_snapshot=self._is_snapshot)
+        self._changed, self._after, self._is_snapshot = {}, None, False
+        return events
 
 
 class BlockMirror:
@@ -56,6 +83,9 @@ class BlockMirror:
     def __init__(self) -> None:
         self._keys: set[int] = set()
         self._number = 0
+
+    def __len__(self) -> int:
+        return len(self._keys)
 
     def apply(self, events: pb.BlockEvents) -> None:
         """Take events in; they come in order and without a gap."""
@@ -70,14 +100,11 @@ class BlockMirror:
         return pb.BlockEvents(after=self._number, number=self._number, stored=self._keys, is_snapshot=True)
 
 
-def joined(first: pb.BlockEvents, then: pb.BlockEvents) -> pb.BlockEvents:
-    """Two events that follow each other as one."""
-    mirror = dict.fromkeys(first.stored, True) | dict.fromkeys(first.evicted, False)
-    mirror |= dict.fromkeys(then.evicted, False) | dict.fromkeys(then.stored, True)
+def _events(changed: dict[int, bool], after: int, number: int, *, is_snapshot: bool) -> pb.BlockEvents:
     return pb.BlockEvents(
-        after=first.after,
-        number=then.number,
-        is_snapshot=first.is_snapshot,
-        stored=[key for key, is_there in mirror.items() if is_there],
-        evicted=[key for key, is_there in mirror.items() if not is_there],
+        after=after,
+        number=number,
+        is_snapshot=is_snapshot,
+        stored=[key for key, is_there in changed.items() if is_there],
+        evicted=[key for key, is_there in changed.items() if not is_there],
     )

@@ -28,7 +28,7 @@ from engine.loop import Runner, StepUnderWay
 from engine.mirror import StepMirror
 from engine.parallel import MEET_TIMEOUT_S, TensorParallel, connect
 from engine.rank_link import RankLink
-from engine.rank_store import RankStore
+from engine.rank_store import rank_store
 from engine.ranks import GATHER_TIMEOUT_S
 from protos import ranks_pb2 as pb
 
@@ -66,7 +66,7 @@ class Follower:
         self._size = size
         self._timeout_s = timeout_s
         self._link: RankLink | None = None
-        self._store = RankStore(self._publish, MEET_TIMEOUT_S)
+        self._store = rank_store(self._publish, MEET_TIMEOUT_S)
         self._mirror = StepMirror()
         self._changing = threading.Lock()
         self._welcomed = threading.Event()

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from engine.errors import RankLostError
 from protos.rendezvous import Rendezvous
 
 
-class RankStore(Rendezvous):
+def rank_store(publish: Callable[[str, bytes], None], timeout_s: float) -> Rendezvous:
     """One rank's view; a wait that cannot end well raises RankLostError."""
-
-    def _ended(self, reason: str) -> RankLostError:
-        return RankLostError(f"the ranks' rendezvous ended: {reason}")
-
-    def _late(self, keys: str, timeout_s: float) -> RankLostError:
-        return RankLostError(f"no rank has set {keys} for {timeout_s:g} s")
+    return Rendezvous(publish, timeout_s, error=RankLostError, others="the other ranks")

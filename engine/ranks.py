@@ -33,7 +33,7 @@ from engine.loop import Runner, StepUnderWay
 from engine.mirror import StepTeller
 from engine.parallel import MEET_TIMEOUT_S, TensorParallel, connect
 from engine.rank_link import HEARTBEAT_S, RankLink
-from engine.rank_store import RankStore
+from engine.rank_store import rank_store
 from protos import framing
 from protos import ranks_pb2 as pb
 
@@ -79,7 +79,7 @@ class RankGroup:
         self._gather_timeout_s = gather_timeout_s
         self._links: dict[int, RankLink] = {}
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._store = RankStore(partial(self._publish, 0), MEET_TIMEOUT_S)
+        self._store = rank_store(partial(self._publish, 0), MEET_TIMEOUT_S)
         self._teller = StepTeller()
         self._changing = threading.Lock()
         self._in_order = threading.RLock()

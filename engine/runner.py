@@ -261,7 +261,7 @@ def choose_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.
 def choose_limits(options: EngineOptions, device: torch.device) -> StepLimits:
     """How long steps may be; a default is never less than the sequences that may run.
 
-    On a GPU a small step costs as much as a larger one, so the end of a prompt is not left to one.
+    On a GPU a step of few tokens reads all the weights for them, so the end of a prompt is not left to one.
     """
     on_gpu = device.type != "cpu"
     most = options.max_step_tokens or max(options.max_running, GPU_STEP_TOKENS if on_gpu else CPU_STEP_TOKENS)

@@ -11,9 +11,8 @@ import torch
 from torch._C._distributed_c10d import ProcessGroupGloo, Work
 
 from kv_transfer.errors import TransportError
-from kv_transfer.rendezvous import PairStore
 from kv_transfer.transport import ChannelOptions, Transfer
-from protos.rendezvous import first_line
+from protos.rendezvous import Rendezvous, first_line
 
 
 class _GlooTransfer:
@@ -35,7 +34,7 @@ class _GlooTransfer:
 class GlooTransport:
     """One end of a pair's process group."""
 
-    def __init__(self, options: ChannelOptions, store: PairStore) -> None:
+    def __init__(self, options: ChannelOptions, store: Rendezvous) -> None:
         self._peer = 1 - options.side
         self._timeout = timedelta(seconds=options.transfer_timeout_s)
         self._store = store

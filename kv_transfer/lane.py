@@ -34,8 +34,8 @@ class Lane(Protocol):
     def mark(self, *, is_near: bool = False) -> Mark:
         """The end of what has been enqueued so far; is_near: it waits for nothing but copies and transfers.
 
-        A thread that sleeps until the GPU wakes it runs 0.1 ms later, and slower for a while: a pair that moves one
-        piece after the other would lose a third of its rate. So what is near is waited for awake.
+        A thread that sleeps until the GPU wakes it runs later, and slower for a while: a pair that moves one piece
+        after the other lost a fifth of its rate and more (benchmarks/RESULTS.md). So what is near is waited for awake.
         """
 
 

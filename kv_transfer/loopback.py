@@ -14,8 +14,8 @@ import time
 import torch
 
 from kv_transfer.errors import TransportError
-from kv_transfer.rendezvous import PairStore
 from kv_transfer.transport import ChannelOptions, Side, Transfer
+from protos.rendezvous import Rendezvous
 
 _TOKEN_BYTES = 16
 
@@ -42,7 +42,7 @@ class _Receive:
 class LoopbackTransport:
     """One end of a pair's data socket."""
 
-    def __init__(self, options: ChannelOptions, store: PairStore) -> None:
+    def __init__(self, options: ChannelOptions, store: Rendezvous) -> None:
         try:
             self._sock = _accept(options, store) if options.side is Side.RECEIVER else _dial(options, store)
         except OSError as error:
@@ -73,7 +73,7 @@ class LoopbackTransport:
         self._sock.close()
 
 
-def _accept(options: ChannelOptions, store: PairStore) -> socket.socket:
+def _accept(options: ChannelOptions, store: Rendezvous) -> socket.socket:
     deadline = time.monotonic() + options.connect_timeout_s
     token = secrets.token_bytes(_TOKEN_BYTES)
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
@@ -95,7 +95,7 @@ def _accept(options: ChannelOptions, store: PairStore) -> socket.socket:
             sock.close()
 
 
-def _dial(options: ChannelOptions, store: PairStore) -> socket.socket:
+def _dial(options: ChannelOptions, store: Rendezvous) -> socket.socket:
     value = store.get("loopback")
     token, (host, port) = value[:_TOKEN_BYTES], value[_TOKEN_BYTES:].decode().split(" ")
     sock = socket.create_connection((host, int(port)), timeout=options.connect_timeout_s)

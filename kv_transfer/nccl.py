@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from kv_transfer.errors import TransportError
-from kv_transfer.rendezvous import PairStore
 from kv_transfer.transport import ChannelOptions, Transfer
-from protos.rendezvous import first_line
+from protos.rendezvous import Rendezvous, first_line
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import ProcessGroupNCCL, Work
@@ -65,7 +64,7 @@ class _NcclTransfer:
 class NcclTransport:
     """One end of a pair's process group."""
 
-    def __init__(self, options: ChannelOptions, store: PairStore) -> None:
+    def __init__(self, options: ChannelOptions, store: Rendezvous) -> None:
         prepare_process()
         self._peer = 1 - options.side
         self._store = store

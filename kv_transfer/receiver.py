@@ -26,7 +26,7 @@ from kv_transfer.digest import Value
 from kv_transfer.errors import ProtocolError, TransferError
 from kv_transfer.handshake import Agreed
 from kv_transfer.ledger import SlotWrite
-from kv_transfer.rendezvous import PairStore
+from kv_transfer.rendezvous import pair_store
 from kv_transfer.self_test import Measured
 from kv_transfer.staging import as_piece
 from kv_transfer.ticket import KVTicket, TicketState
@@ -98,7 +98,7 @@ class ReceiverPair:
         """The tokens written last, and their places."""
         self._next_number = 1
         self._busy_until = 0.0
-        self._store = PairStore(self._publish, context.config.connect_timeout_s)
+        self._store = pair_store(self._publish, context.config.connect_timeout_s)
         self._transport: Transport | None = None
         self._thread = threading.Thread(target=self._run, name=f"kv-recv {agreed.peer}", daemon=True)
 

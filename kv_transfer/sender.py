@@ -26,7 +26,7 @@ from kv_transfer.errors import PairRefusedError, PeerLostError, ProtocolError, T
 from kv_transfer.handshake import Identity, Receiver
 from kv_transfer.jobs import SendJob
 from kv_transfer.outgoing import Outgoing
-from kv_transfer.rendezvous import PairStore
+from kv_transfer.rendezvous import pair_store
 from kv_transfer.self_test import Measured, SelfTest, judge
 from kv_transfer.ticket import KVTicket, TicketState
 from kv_transfer.transport import Side, Transport, open_transport
@@ -76,7 +76,7 @@ class SenderPair:
         self._test = SelfTest(self._say, context.config.connect_timeout_s)
         self._watch = Watch()
         self._courier = Courier(f"kv-tell {receiver}", self._say_complete)
-        self._store = PairStore(self._publish, context.config.connect_timeout_s)
+        self._store = pair_store(self._publish, context.config.connect_timeout_s)
         self._outgoing: Outgoing | None = None
         self._thread = threading.Thread(target=self._run, name=f"kv-send {receiver}", daemon=True)
         self._listener = threading.Thread(target=self._listen, name=f"kv-hear {receiver}", daemon=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 if TYPE_CHECKING:
-    from kv_transfer.rendezvous import PairStore
+    from protos.rendezvous import Rendezvous
 
 
 class Side(enum.IntEnum):
@@ -68,9 +68,9 @@ class ChannelOptions:
     """For NCCL, see `config`."""
 
 
-def open_transport(name: str, options: ChannelOptions, store: PairStore) -> Transport:
+def open_transport(name: str, options: ChannelOptions, store: Rendezvous) -> Transport:
     """Make one end of a data channel; blocks until the other end does the same, TransportError after the timeout."""
-    creators: dict[str, Callable[[ChannelOptions, PairStore], Transport]] = {
+    creators: dict[str, Callable[[ChannelOptions, Rendezvous], Transport]] = {
         "nccl": _open_nccl,
         "gloo": _open_gloo,
         "loopback": _open_loopback,
@@ -78,19 +78,19 @@ def open_transport(name: str, options: ChannelOptions, store: PairStore) -> Tran
     return creators[name](options, store)
 
 
-def _open_nccl(options: ChannelOptions, store: PairStore) -> Transport:
+def _open_nccl(options: ChannelOptions, store: Rendezvous) -> Transport:
     from kv_transfer.nccl import NcclTransport
 
     return NcclTransport(options, store)
 
 
-def _open_gloo(options: ChannelOptions, store: PairStore) -> Transport:
+def _open_gloo(options: ChannelOptions, store: Rendezvous) -> Transport:
     from kv_transfer.gloo import GlooTransport
 
     return GlooTransport(options, store)
 
 
-def _open_loopback(options: ChannelOptions, store: PairStore) -> Transport:
+def _open_loopback(options: ChannelOptions, store: Rendezvous) -> Transport:
     from kv_transfer.loopback import LoopbackTransport
 
     return LoopbackTransport(options, store)

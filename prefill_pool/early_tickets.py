@@ -14,6 +14,7 @@ from kv_transfer.handshake import Identity
 from kv_transfer.ticket import KVTicket
 
 MAX_KEPT = 1024
+"""Most tickets, and most ends of requests, that are remembered; the oldest go first."""
 ENDED_S = 10.0
 """How long the end of a request is remembered: longer than a ticket needs over a pair."""
 

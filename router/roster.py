@@ -29,7 +29,11 @@ class Roster:
         """Root and block size of each way to name blocks in this fleet: one, but while it is being renewed."""
 
     def candidates(self, prefix: KnownPrefix) -> list[WorkerInfo]:
-        """Workers to choose among: the best of a few drawn at random is almost as good as the best of all."""
+        """Workers to choose among.
+
+        The best of a few drawn at random keeps lines almost as short as the best of all (Mitzenmacher, "The power of
+        two choices in randomized load balancing", 2001), at a cost that does not grow with the fleet.
+        """
         if len(self._ready) <= MANY:
             return self._ready
         drawn = [*_draw(self._prefillers), *_draw(self._decoders), *prefix.longest(NUM_DRAWN)]

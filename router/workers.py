@@ -233,7 +233,8 @@ class WorkerLink:
         if event.HasField("stats"):
             self._learn(event.stats)
         if event.HasField("blocks") and not self._prefixes.apply(self.info, event.blocks):
-            logger.info("block events are missing: asking for all", extra={"worker": self.info.label})
+            if not self._wants_blocks:
+                logger.info("block events are missing: asking for all", extra={"worker": self.info.label})
             self._wants_blocks = True
         self.info.pair_bytes_per_s = event.pair_bytes_per_s or self.info.pair_bytes_per_s
         if event.draining and self.info.state is WorkerState.READY:

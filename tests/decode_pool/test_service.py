@@ -9,6 +9,7 @@ import pytest
 from decode_pool import service
 from engine import wire
 from engine.config import ModelOptions
+from engine.link import EngineLink
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc
 from protos.auth import WORKER_METADATA_KEY, worker_key
@@ -176,3 +177,27 @@ def test_block_events_add_up_and_are_told_anew_on_request(tiny_llama, tmp_path, 
         call.cancel()
 
     run(tiny_llama, tmp_path, scenario)
+
+
+def test_little_is_kept_for_a_router_that_does_not_read(monkeypatch):
+    """Neither statistics nor block events pile up, and what it reads at last is right."""
+    monkeypatch.setattr(service, "STATS_LAG_S", 0.0)
+    monkeypatch.setattr(service, "MIN_KEPT_KEYS", 10)
+
+    async def scenario():
+        made = service.DecodeService(EngineLink(socket_path="", worker_id="d", next_epoch=None, on_step=None))
+        router = made._attached["r"] = service._Attached("r")
+        made.on_step(pb.StepEvent(blocks=pb.BlockEvents(number=1, is_snapshot=True)))
+        for number in range(1, 1000):
+            events = pb.BlockEvents(after=number, number=number + 1, stored=[number], evicted=[number - 1])
+            made.on_step(pb.StepEvent(blocks=events))
+            await asyncio.sleep(0)
+            assert router.queue.qsize() <= 1
+            assert len(router.blocks) <= 12
+        index, info = PrefixIndex(), WorkerInfo("d", 1, "decode", "x:1")
+        assert index.apply(info, router.queue.get_nowait().blocks)
+        assert index.apply(info, router.blocks.take())
+        assert index.num_held(info) == 1
+        assert index.find([999], 1).tokens_at(info) == 1
+
+    asyncio.run(scenario())

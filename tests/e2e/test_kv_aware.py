@@ -81,7 +81,6 @@ def test_conversations_are_computed_half_as_often_as_in_turn(
     aware, local = computed_tokens(tiny_llama, tmp_path / "a", alone)
     never = LocalPrefillConfig(max_share=0.0)
     in_turn, none = computed_tokens(tiny_llama, tmp_path / "b", alone, policy="round_robin", local_prefill=never)
-    print(aware, local, in_turn, none)
     assert 2 * aware <= in_turn
     assert local > 0
     assert none <= 0, "a decode worker's first step is for a token that it was given"

@@ -14,9 +14,10 @@ import pytest
 from engine import rank_link
 from engine.errors import RankLostError
 from engine.rank_link import RankLink
-from engine.rank_store import RankStore
+from engine.rank_store import rank_store
 from protos import framing
 from protos import ranks_pb2 as pb
+from protos.rendezvous import Rendezvous
 
 BOUND_S = 10.0
 ORDER = pb.RankMessage(order=b"x")
@@ -117,9 +118,9 @@ def test_what_was_sent_before_a_close_arrives() -> None:
 
 
 def test_what_one_rank_sets_all_find() -> None:
-    stores: list[RankStore] = []
-    first = RankStore(lambda key, value: stores[1].put(key, value), 5.0)
-    stores += [first, RankStore(lambda key, value: first.put(key, value), 5.0)]
+    stores: list[Rendezvous] = []
+    first = rank_store(lambda key, value: stores[1].put(key, value), 5.0)
+    stores += [first, rank_store(lambda key, value: first.put(key, value), 5.0)]
     first.set("a", "1")
     stores[1].set("b", b"2")
     assert (stores[1].get("a"), first.get("b"), first.get("a")) == (b"1", b"2", b"1")
@@ -128,17 +129,17 @@ def test_what_one_rank_sets_all_find() -> None:
 
 
 def test_a_wait_for_a_value_has_a_bound_and_a_name() -> None:
-    store = RankStore(lambda _key, _value: None, 0.05)
-    with pytest.raises(RankLostError, match=r"no rank has set x for 0\.05 s"):
+    store = rank_store(lambda _key, _value: None, 0.05)
+    with pytest.raises(RankLostError, match=r"waited 0\.05 s for the other ranks to set x"):
         store.get("x")
-    with pytest.raises(RankLostError, match=r"no rank has set x, y for 0\.02 s"):
+    with pytest.raises(RankLostError, match=r"waited 0\.02 s for the other ranks to set x, y"):
         store.wait(["x", "y"], timedelta(seconds=0.02))
 
 
 def test_a_wait_ends_with_the_ranks() -> None:
-    store = RankStore(lambda _key, _value: None, 60.0)
+    store = rank_store(lambda _key, _value: None, 60.0)
     began = time.monotonic()
     threading.Timer(0.1, lambda: store.close("rank 1 is lost")).start()
-    with pytest.raises(RankLostError, match="the ranks' rendezvous ended: rank 1 is lost"):
+    with pytest.raises(RankLostError, match="the rendezvous with the other ranks ended: rank 1 is lost"):
         store.get("x")
     assert time.monotonic() - began < BOUND_S

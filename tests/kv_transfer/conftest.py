@@ -19,9 +19,9 @@ from kv_transfer.config import TransferConfig
 from kv_transfer.jobs import SendJob
 from kv_transfer.layout import KVLayout
 from kv_transfer.node import TransferNode
-from kv_transfer.rendezvous import PairStore
 from kv_transfer.ticket import KVTicket, ReceivedKV, SendResult, TicketGrant, TicketState
 from kv_transfer.transport import ChannelOptions
+from protos.rendezvous import Rendezvous
 from protos.worker_pb2 import TokenOutput
 
 collect_ignore = [] if find_spec("hypothesis") else ["test_jobs.py", "test_layout.py"]
@@ -199,7 +199,7 @@ def make_node(config: TransferConfig) -> Iterator[Make]:
 def small_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel must not swallow what a receiver does not take: its buffers may grow to 32 MiB."""
 
-    def accept(options: ChannelOptions, store: PairStore) -> socket.socket:
+    def accept(options: ChannelOptions, store: Rendezvous) -> socket.socket:
         sock = honest(options, store)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         return sock

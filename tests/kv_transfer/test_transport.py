@@ -10,17 +10,18 @@ import pytest
 import torch
 
 from kv_transfer.errors import TransportError
-from kv_transfer.rendezvous import PairStore
+from kv_transfer.rendezvous import pair_store
 from kv_transfer.transport import ChannelOptions, Side, Transport, open_transport
+from protos.rendezvous import Rendezvous
 
 TIMEOUT_S = 1.0
 Ends = tuple[Transport, Transport]
 
 
 def open_ends(name: str) -> Ends:
-    stores: dict[Side, PairStore] = {}
-    stores[Side.SENDER] = PairStore(lambda key, value: stores[Side.RECEIVER].put(key, value), 5.0)
-    stores[Side.RECEIVER] = PairStore(lambda key, value: stores[Side.SENDER].put(key, value), 5.0)
+    stores: dict[Side, Rendezvous] = {}
+    stores[Side.SENDER] = pair_store(lambda key, value: stores[Side.RECEIVER].put(key, value), 5.0)
+    stores[Side.RECEIVER] = pair_store(lambda key, value: stores[Side.SENDER].put(key, value), 5.0)
 
     def open_end(side: Side) -> Transport:
         options = ChannelOptions(side, "127.0.0.1", connect_timeout_s=5.0, transfer_timeout_s=TIMEOUT_S)
@@ -69,7 +70,7 @@ def test_a_peer_that_closes_fails_the_receive(ends: Ends) -> None:
 
 @pytest.mark.parametrize("name", ["gloo", "loopback"])
 def test_nobody_at_the_other_end(name: str) -> None:
-    store = PairStore(lambda key, value: None, 0.2)
+    store = pair_store(lambda key, value: None, 0.2)
     options = ChannelOptions(Side.SENDER, "127.0.0.1", connect_timeout_s=0.2, transfer_timeout_s=1.0)
     with pytest.raises(TransportError):
         open_transport(name, options, store)
