@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/inference.proto\x12\npdserve.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"1\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.pdserve.v1.ChatMessage\"\x8e\x04\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x08 \x01(\x05H\x07\x88\x01\x01\x12\x17\n\nmin_tokens\x18\t \x01(\x05H\x08\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\n \x03(\x05\x12\x0c\n\x04stop\x18\x0b \x03(\t\x12\x11\n\x04seed\x18\x0c \x01(\x04H\t\x88\x01\x01\x12\x15\n\x08logprobs\x18\r \x01(\x05H\n\x88\x01\x01\x12\x17\n\nignore_eos\x18\x0e \x01(\x08H\x0b\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x07\n\x05_seedB\x0b\n\t_logprobsB\r\n\x0b_ignore_eos\"\xbf\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\x04text\x18\x03 \x01(\tH\x00\x88\x01\x01\x12,\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x14.pdserve.v1.TokenIdsH\x01\x88\x01\x01\x12#\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x10.pdserve.v1.ChatH\x02\x88\x01\x01\x12&\n\x08sampling\x18\x06 \x01(\x0b\x32\x14.pdserve.v1.Sampling\x12\x15\n\x08priority\x18\x07 \x01(\x05H\x03\x88\x01\x01\x12\x17\n\ndeadline_s\x18\x08 \x01(\x01H\x04\x88\x01\x01\x12\x0f\n\x07\x65xplain\x18\t \x01(\x08\x42\x07\n\x05_textB\x0c\n\n_token_idsB\x07\n\x05_chatB\x0b\n\t_priorityB\r\n\x0b_deadline_s\"\x92\x01\n\rGenerateEvent\x12(\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x14.pdserve.v1.AcceptedH\x00\x12$\n\x06tokens\x18\x02 \x01(\x0b\x32\x12.pdserve.v1.TokensH\x00\x12(\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x14.pdserve.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"V\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\x05\x12\x0c\n\x04seed\x18\x04 \x01(\x04\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"c\n\x10PositionLogprobs\x12(\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x18.pdserve.v1.TokenLogprob\x12%\n\x03top\x18\x02 \x03(\x0b\x32\x18.pdserve.v1.TokenLogprob\"i\n\x06Tokens\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x0c\n\x04text\x18\x03 \x01(\t\x12.\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1c.pdserve.v1.PositionLogprobs\"W\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x02 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\x05\"\xc1\x01\n\x06Timing\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x11\n\tprefill_s\x18\x02 \x01(\x01\x12\x12\n\ntransfer_s\x18\x03 \x01(\x01\x12\x1b\n\x13\x66irst_decode_step_s\x18\x04 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x05 \x01(\x01\x12\x0f\n\x07total_s\x18\x06 \x01(\x01\x12\x0e\n\x06ttft_s\x18\x07 \x01(\x01\x12\x17\n\x0ftransfer_busy_s\x18\x08 \x01(\x01\x12\x16\n\x0etransfer_bytes\x18\t \x01(\x03\"\xcd\x01\n\x08\x46inished\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.pdserve.v1.FinishReason\x12\x13\n\x0bstop_string\x18\x02 \x01(\t\x12 \n\x05usage\x18\x03 \x01(\x0b\x32\x11.pdserve.v1.Usage\x12\"\n\x06timing\x18\x04 \x01(\x0b\x32\x12.pdserve.v1.Timing\x12\x16\n\x0eprefill_worker\x18\x05 \x01(\t\x12\x15\n\rdecode_worker\x18\x06 \x01(\t\x12\r\n\x05route\x18\x07 \x01(\t\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x13\n\x11ListModelsRequest\"V\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\x05\x12\x12\n\nvocab_size\x18\x03 \x01(\x05\x12\x14\n\x0c\x61rchitecture\x18\x04 \x01(\t\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.pdserve.v1.Model\"j\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\x04text\x18\x02 \x01(\tH\x00\x88\x01\x01\x12#\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x10.pdserve.v1.ChatH\x01\x88\x01\x01\x42\x07\n\x05_textB\x07\n\x05_chat\"3\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t*\x93\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x01\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x04\x32\xa6\x02\n\tInference\x12\x44\n\x08Generate\x12\x1b.pdserve.v1.GenerateRequest\x1a\x19.pdserve.v1.GenerateEvent0\x01\x12?\n\x06\x43\x61ncel\x12\x19.pdserve.v1.CancelRequest\x1a\x1a.pdserve.v1.CancelResponse\x12K\n\nListModels\x12\x1d.pdserve.v1.ListModelsRequest\x1a\x1e.pdserve.v1.ListModelsResponse\x12\x45\n\x08Tokenize\x12\x1b.pdserve.v1.TokenizeRequest\x1a\x1c.pdserve.v1.TokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16protos/inference.proto\x12\npdserve.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"1\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.pdserve.v1.ChatMessage\"\x8e\x04\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x08 \x01(\x05H\x07\x88\x01\x01\x12\x17\n\nmin_tokens\x18\t \x01(\x05H\x08\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\n \x03(\x05\x12\x0c\n\x04stop\x18\x0b \x03(\t\x12\x11\n\x04seed\x18\x0c \x01(\x04H\t\x88\x01\x01\x12\x15\n\x08logprobs\x18\r \x01(\x05H\n\x88\x01\x01\x12\x17\n\nignore_eos\x18\x0e \x01(\x08H\x0b\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x07\n\x05_seedB\x0b\n\t_logprobsB\r\n\x0b_ignore_eos\"\xd2\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\x04text\x18\x03 \x01(\tH\x00\x88\x01\x01\x12,\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x14.pdserve.v1.TokenIdsH\x01\x88\x01\x01\x12#\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x10.pdserve.v1.ChatH\x02\x88\x01\x01\x12&\n\x08sampling\x18\x06 \x01(\x0b\x32\x14.pdserve.v1.Sampling\x12\x15\n\x08priority\x18\x07 \x01(\x05H\x03\x88\x01\x01\x12\x17\n\ndeadline_s\x18\x08 \x01(\x01H\x04\x88\x01\x01\x12\x0f\n\x07\x65xplain\x18\t \x01(\x08\x12\x11\n\tresumable\x18\n \x01(\x08\x42\x07\n\x05_textB\x0c\n\n_token_idsB\x07\n\x05_chatB\x0b\n\t_priorityB\r\n\x0b_deadline_s\"8\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0bnext_offset\x18\x02 \x01(\x03\"\x92\x01\n\rGenerateEvent\x12(\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x14.pdserve.v1.AcceptedH\x00\x12$\n\x06tokens\x18\x02 \x01(\x0b\x32\x12.pdserve.v1.TokensH\x00\x12(\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x14.pdserve.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"V\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\x05\x12\x0c\n\x04seed\x18\x04 \x01(\x04\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"c\n\x10PositionLogprobs\x12(\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x18.pdserve.v1.TokenLogprob\x12%\n\x03top\x18\x02 \x03(\x0b\x32\x18.pdserve.v1.TokenLogprob\"i\n\x06Tokens\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x0c\n\x04text\x18\x03 \x01(\t\x12.\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1c.pdserve.v1.PositionLogprobs\"W\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x02 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\x05\"\xc1\x01\n\x06Timing\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x11\n\tprefill_s\x18\x02 \x01(\x01\x12\x12\n\ntransfer_s\x18\x03 \x01(\x01\x12\x1b\n\x13\x66irst_decode_step_s\x18\x04 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x05 \x01(\x01\x12\x0f\n\x07total_s\x18\x06 \x01(\x01\x12\x0e\n\x06ttft_s\x18\x07 \x01(\x01\x12\x17\n\x0ftransfer_busy_s\x18\x08 \x01(\x01\x12\x16\n\x0etransfer_bytes\x18\t \x01(\x03\"\xcd\x01\n\x08\x46inished\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.pdserve.v1.FinishReason\x12\x13\n\x0bstop_string\x18\x02 \x01(\t\x12 \n\x05usage\x18\x03 \x01(\x0b\x32\x11.pdserve.v1.Usage\x12\"\n\x06timing\x18\x04 \x01(\x0b\x32\x12.pdserve.v1.Timing\x12\x16\n\x0eprefill_worker\x18\x05 \x01(\t\x12\x15\n\rdecode_worker\x18\x06 \x01(\t\x12\r\n\x05route\x18\x07 \x01(\t\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x13\n\x11ListModelsRequest\"V\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\x05\x12\x12\n\nvocab_size\x18\x03 \x01(\x05\x12\x14\n\x0c\x61rchitecture\x18\x04 \x01(\t\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.pdserve.v1.Model\"j\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\x04text\x18\x02 \x01(\tH\x00\x88\x01\x01\x12#\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x10.pdserve.v1.ChatH\x01\x88\x01\x01\x42\x07\n\x05_textB\x07\n\x05_chat\"3\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t*\x93\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x01\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x04\x32\xe8\x02\n\tInference\x12\x44\n\x08Generate\x12\x1b.pdserve.v1.GenerateRequest\x1a\x19.pdserve.v1.GenerateEvent0\x01\x12@\n\x06Resume\x12\x19.pdserve.v1.ResumeRequest\x1a\x19.pdserve.v1.GenerateEvent0\x01\x12?\n\x06\x43\x61ncel\x12\x19.pdserve.v1.CancelRequest\x1a\x1a.pdserve.v1.CancelResponse\x12K\n\nListModels\x12\x1d.pdserve.v1.ListModelsRequest\x1a\x1e.pdserve.v1.ListModelsResponse\x12\x45\n\x08Tokenize\x12\x1b.pdserve.v1.TokenizeRequest\x1a\x1c.pdserve.v1.TokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2398
-  _globals['_FINISHREASON']._serialized_end=2545
+  _globals['_FINISHREASON']._serialized_start=2475
+  _globals['_FINISHREASON']._serialized_end=2622
   _globals['_TOKENIDS']._serialized_start=38
   _globals['_TOKENIDS']._serialized_end=61
   _globals['_CHATMESSAGE']._serialized_start=63
@@ -42,37 +42,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLING']._serialized_start=161
   _globals['_SAMPLING']._serialized_end=687
   _globals['_GENERATEREQUEST']._serialized_start=690
-  _globals['_GENERATEREQUEST']._serialized_end=1009
-  _globals['_GENERATEEVENT']._serialized_start=1012
-  _globals['_GENERATEEVENT']._serialized_end=1158
-  _globals['_ACCEPTED']._serialized_start=1160
-  _globals['_ACCEPTED']._serialized_end=1246
-  _globals['_TOKENLOGPROB']._serialized_start=1248
-  _globals['_TOKENLOGPROB']._serialized_end=1297
-  _globals['_POSITIONLOGPROBS']._serialized_start=1299
-  _globals['_POSITIONLOGPROBS']._serialized_end=1398
-  _globals['_TOKENS']._serialized_start=1400
-  _globals['_TOKENS']._serialized_end=1505
-  _globals['_USAGE']._serialized_start=1507
-  _globals['_USAGE']._serialized_end=1594
-  _globals['_TIMING']._serialized_start=1597
-  _globals['_TIMING']._serialized_end=1790
-  _globals['_FINISHED']._serialized_start=1793
-  _globals['_FINISHED']._serialized_end=1998
-  _globals['_CANCELREQUEST']._serialized_start=2000
-  _globals['_CANCELREQUEST']._serialized_end=2035
-  _globals['_CANCELRESPONSE']._serialized_start=2037
-  _globals['_CANCELRESPONSE']._serialized_end=2068
-  _globals['_LISTMODELSREQUEST']._serialized_start=2070
-  _globals['_LISTMODELSREQUEST']._serialized_end=2089
-  _globals['_MODEL']._serialized_start=2091
-  _globals['_MODEL']._serialized_end=2177
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2179
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2234
-  _globals['_TOKENIZEREQUEST']._serialized_start=2236
-  _globals['_TOKENIZEREQUEST']._serialized_end=2342
-  _globals['_TOKENIZERESPONSE']._serialized_start=2344
-  _globals['_TOKENIZERESPONSE']._serialized_end=2395
-  _globals['_INFERENCE']._serialized_start=2548
-  _globals['_INFERENCE']._serialized_end=2842
+  _globals['_GENERATEREQUEST']._serialized_end=1028
+  _globals['_RESUMEREQUEST']._serialized_start=1030
+  _globals['_RESUMEREQUEST']._serialized_end=1086
+  _globals['_GENERATEEVENT']._serialized_start=1089
+  _globals['_GENERATEEVENT']._serialized_end=1235
+  _globals['_ACCEPTED']._serialized_start=1237
+  _globals['_ACCEPTED']._serialized_end=1323
+  _globals['_TOKENLOGPROB']._serialized_start=1325
+  _globals['_TOKENLOGPROB']._serialized_end=1374
+  _globals['_POSITIONLOGPROBS']._serialized_start=1376
+  _globals['_POSITIONLOGPROBS']._serialized_end=1475
+  _globals['_TOKENS']._serialized_start=1477
+  _globals['_TOKENS']._serialized_end=1582
+  _globals['_USAGE']._serialized_start=1584
+  _globals['_USAGE']._serialized_end=1671
+  _globals['_TIMING']._serialized_start=1674
+  _globals['_TIMING']._serialized_end=1867
+  _globals['_FINISHED']._serialized_start=1870
+  _globals['_FINISHED']._serialized_end=2075
+  _globals['_CANCELREQUEST']._serialized_start=2077
+  _globals['_CANCELREQUEST']._serialized_end=2112
+  _globals['_CANCELRESPONSE']._serialized_start=2114
+  _globals['_CANCELRESPONSE']._serialized_end=2145
+  _globals['_LISTMODELSREQUEST']._serialized_start=2147
+  _globals['_LISTMODELSREQUEST']._serialized_end=2166
+  _globals['_MODEL']._serialized_start=2168
+  _globals['_MODEL']._serialized_end=2254
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2256
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2311
+  _globals['_TOKENIZEREQUEST']._serialized_start=2313
+  _globals['_TOKENIZEREQUEST']._serialized_end=2419
+  _globals['_TOKENIZERESPONSE']._serialized_start=2421
+  _globals['_TOKENIZERESPONSE']._serialized_end=2472
+  _globals['_INFERENCE']._serialized_start=2625
+  _globals['_INFERENCE']._serialized_end=2985
 # @@protoc_insertion_point(module_scope)

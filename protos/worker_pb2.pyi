@@ -16,12 +16,14 @@ class EngineFinish(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ENGINE_FINISH_LENGTH: _ClassVar[EngineFinish]
     ENGINE_FINISH_ABORTED: _ClassVar[EngineFinish]
     ENGINE_FINISH_FAILED: _ClassVar[EngineFinish]
+    ENGINE_FINISH_MOVED: _ClassVar[EngineFinish]
 ENGINE_FINISH_NONE: EngineFinish
 ENGINE_FINISH_EOS: EngineFinish
 ENGINE_FINISH_STOP: EngineFinish
 ENGINE_FINISH_LENGTH: EngineFinish
 ENGINE_FINISH_ABORTED: EngineFinish
 ENGINE_FINISH_FAILED: EngineFinish
+ENGINE_FINISH_MOVED: EngineFinish
 
 class SamplingParams(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "max_tokens", "min_tokens", "stop_token_ids", "seed", "logprobs", "ignore_eos")
@@ -54,7 +56,7 @@ class SamplingParams(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., seed: _Optional[int] = ..., logprobs: _Optional[int] = ..., ignore_eos: _Optional[bool] = ...) -> None: ...
 
 class EngineRequest(_message.Message):
-    __slots__ = ("request_id", "attempt", "prompt_token_ids", "params", "priority", "deadline_s", "resume_from")
+    __slots__ = ("request_id", "attempt", "prompt_token_ids", "params", "priority", "deadline_s", "resume_from", "resumable")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -62,6 +64,7 @@ class EngineRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     RESUME_FROM_FIELD_NUMBER: _ClassVar[int]
+    RESUMABLE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -69,7 +72,8 @@ class EngineRequest(_message.Message):
     priority: int
     deadline_s: float
     resume_from: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., params: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_s: _Optional[float] = ..., resume_from: _Optional[_Iterable[int]] = ...) -> None: ...
+    resumable: bool
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., params: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_s: _Optional[float] = ..., resume_from: _Optional[_Iterable[int]] = ..., resumable: _Optional[bool] = ...) -> None: ...
 
 class WorkerIdentity(_message.Message):
     __slots__ = ("worker_id", "epoch")
@@ -200,6 +204,24 @@ class AbortRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class AbortReply(_message.Message):
+    __slots__ = ("found",)
+    FOUND_FIELD_NUMBER: _ClassVar[int]
+    found: bool
+    def __init__(self, found: _Optional[bool] = ...) -> None: ...
+
+class AdoptRequest(_message.Message):
+    __slots__ = ("router_id", "request_id", "attempt", "epoch")
+    ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    router_id: str
+    request_id: str
+    attempt: int
+    epoch: int
+    def __init__(self, router_id: _Optional[str] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class AdoptReply(_message.Message):
     __slots__ = ("found",)
     FOUND_FIELD_NUMBER: _ClassVar[int]
     found: bool
@@ -410,7 +432,7 @@ class CheckIntegrity(_message.Message):
     def __init__(self) -> None: ...
 
 class EngineCommand(_message.Message):
-    __slots__ = ("call_id", "start", "reserve", "prefill", "abort_decode", "abort_prefill", "renew", "router_gone", "drain", "check", "meet", "ticket")
+    __slots__ = ("call_id", "start", "reserve", "prefill", "abort_decode", "abort_prefill", "renew", "router_gone", "drain", "check", "meet", "ticket", "adopt")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     RESERVE_FIELD_NUMBER: _ClassVar[int]
@@ -423,6 +445,7 @@ class EngineCommand(_message.Message):
     CHECK_FIELD_NUMBER: _ClassVar[int]
     MEET_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
+    ADOPT_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     start: StartEngine
     reserve: ReserveRequest
@@ -435,7 +458,8 @@ class EngineCommand(_message.Message):
     check: CheckIntegrity
     meet: MeetRequest
     ticket: KVTicket
-    def __init__(self, call_id: _Optional[int] = ..., start: _Optional[_Union[StartEngine, _Mapping]] = ..., reserve: _Optional[_Union[ReserveRequest, _Mapping]] = ..., prefill: _Optional[_Union[PrefillRequest, _Mapping]] = ..., abort_decode: _Optional[_Union[AbortRequest, _Mapping]] = ..., abort_prefill: _Optional[_Union[AbortRequest, _Mapping]] = ..., renew: _Optional[_Union[RenewLeases, _Mapping]] = ..., router_gone: _Optional[_Union[RouterGone, _Mapping]] = ..., drain: _Optional[_Union[DrainEngine, _Mapping]] = ..., check: _Optional[_Union[CheckIntegrity, _Mapping]] = ..., meet: _Optional[_Union[MeetRequest, _Mapping]] = ..., ticket: _Optional[_Union[KVTicket, _Mapping]] = ...) -> None: ...
+    adopt: AdoptRequest
+    def __init__(self, call_id: _Optional[int] = ..., start: _Optional[_Union[StartEngine, _Mapping]] = ..., reserve: _Optional[_Union[ReserveRequest, _Mapping]] = ..., prefill: _Optional[_Union[PrefillRequest, _Mapping]] = ..., abort_decode: _Optional[_Union[AbortRequest, _Mapping]] = ..., abort_prefill: _Optional[_Union[AbortRequest, _Mapping]] = ..., renew: _Optional[_Union[RenewLeases, _Mapping]] = ..., router_gone: _Optional[_Union[RouterGone, _Mapping]] = ..., drain: _Optional[_Union[DrainEngine, _Mapping]] = ..., check: _Optional[_Union[CheckIntegrity, _Mapping]] = ..., meet: _Optional[_Union[MeetRequest, _Mapping]] = ..., ticket: _Optional[_Union[KVTicket, _Mapping]] = ..., adopt: _Optional[_Union[AdoptRequest, _Mapping]] = ...) -> None: ...
 
 class EngineError(_message.Message):
     __slots__ = ("status", "message", "retry_after_s")
@@ -448,7 +472,7 @@ class EngineError(_message.Message):
     def __init__(self, status: _Optional[str] = ..., message: _Optional[str] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
 
 class EngineReply(_message.Message):
-    __slots__ = ("call_id", "error", "description", "reserve", "prefill", "abort", "stats", "meet", "pairs")
+    __slots__ = ("call_id", "error", "description", "reserve", "prefill", "abort", "stats", "meet", "adopt", "pairs")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
@@ -457,6 +481,7 @@ class EngineReply(_message.Message):
     ABORT_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
     MEET_FIELD_NUMBER: _ClassVar[int]
+    ADOPT_FIELD_NUMBER: _ClassVar[int]
     PAIRS_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     error: EngineError
@@ -466,8 +491,9 @@ class EngineReply(_message.Message):
     abort: AbortReply
     stats: WorkerStats
     meet: MeetReply
+    adopt: AdoptReply
     pairs: _containers.RepeatedCompositeFieldContainer[PairInfo]
-    def __init__(self, call_id: _Optional[int] = ..., error: _Optional[_Union[EngineError, _Mapping]] = ..., description: _Optional[_Union[WorkerDescription, _Mapping]] = ..., reserve: _Optional[_Union[ReserveReply, _Mapping]] = ..., prefill: _Optional[_Union[PrefillReply, _Mapping]] = ..., abort: _Optional[_Union[AbortReply, _Mapping]] = ..., stats: _Optional[_Union[WorkerStats, _Mapping]] = ..., meet: _Optional[_Union[MeetReply, _Mapping]] = ..., pairs: _Optional[_Iterable[_Union[PairInfo, _Mapping]]] = ...) -> None: ...
+    def __init__(self, call_id: _Optional[int] = ..., error: _Optional[_Union[EngineError, _Mapping]] = ..., description: _Optional[_Union[WorkerDescription, _Mapping]] = ..., reserve: _Optional[_Union[ReserveReply, _Mapping]] = ..., prefill: _Optional[_Union[PrefillReply, _Mapping]] = ..., abort: _Optional[_Union[AbortReply, _Mapping]] = ..., stats: _Optional[_Union[WorkerStats, _Mapping]] = ..., meet: _Optional[_Union[MeetReply, _Mapping]] = ..., adopt: _Optional[_Union[AdoptReply, _Mapping]] = ..., pairs: _Optional[_Iterable[_Union[PairInfo, _Mapping]]] = ...) -> None: ...
 
 class RouterOutputs(_message.Message):
     __slots__ = ("router_id", "outputs")

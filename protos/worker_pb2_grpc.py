@@ -50,6 +50,11 @@ class DecodeWorkerStub:
                 request_serializer=protos_dot_worker__pb2.ReserveRequest.SerializeToString,
                 response_deserializer=protos_dot_worker__pb2.ReserveReply.FromString,
                 _registered_method=True)
+        self.Adopt = channel.unary_unary(
+                '/pdserve.v1.DecodeWorker/Adopt',
+                request_serializer=protos_dot_worker__pb2.AdoptRequest.SerializeToString,
+                response_deserializer=protos_dot_worker__pb2.AdoptReply.FromString,
+                _registered_method=True)
         self.Abort = channel.unary_unary(
                 '/pdserve.v1.DecodeWorker/Abort',
                 request_serializer=protos_dot_worker__pb2.AbortRequest.SerializeToString,
@@ -86,6 +91,14 @@ class DecodeWorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Adopt(self, request, context):
+        """Makes a router the owner of a resumable request that runs here, or ended here without an owner: it gets all its
+        tokens once more with the next message of its Attach stream. The owner before hears that the request has MOVED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Abort(self, request, context):
         """Ends a request (or a reservation) in any phase; idempotent.
         """
@@ -110,6 +123,11 @@ def add_DecodeWorkerServicer_to_server(servicer, server):
                     servicer.OpenReserve,
                     request_deserializer=protos_dot_worker__pb2.ReserveRequest.FromString,
                     response_serializer=protos_dot_worker__pb2.ReserveReply.SerializeToString,
+            ),
+            'Adopt': grpc.unary_unary_rpc_method_handler(
+                    servicer.Adopt,
+                    request_deserializer=protos_dot_worker__pb2.AdoptRequest.FromString,
+                    response_serializer=protos_dot_worker__pb2.AdoptReply.SerializeToString,
             ),
             'Abort': grpc.unary_unary_rpc_method_handler(
                     servicer.Abort,
@@ -199,6 +217,33 @@ class DecodeWorker:
             '/pdserve.v1.DecodeWorker/OpenReserve',
             protos_dot_worker__pb2.ReserveRequest.SerializeToString,
             protos_dot_worker__pb2.ReserveReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Adopt(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdserve.v1.DecodeWorker/Adopt',
+            protos_dot_worker__pb2.AdoptRequest.SerializeToString,
+            protos_dot_worker__pb2.AdoptReply.FromString,
             options,
             channel_credentials,
             insecure,
