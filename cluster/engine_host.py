@@ -307,6 +307,8 @@ class HostSession:
             )
             found = worker.abort(abort.request_id, abort.attempt, abort.reason)
             self._reply(call_id, pb.EngineReply(abort=pb.AbortReply(found=found)))
+        elif kind == "adopt":
+            self._answer(call_id, lambda: pb.EngineReply(adopt=pb.AdoptReply(found=decode.adopt(command.adopt))))
         elif kind == "router_gone":
             prefill.router_gone(command.router_gone.router_id)
             decode.router_gone(command.router_gone.router_id)

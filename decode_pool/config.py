@@ -13,6 +13,12 @@ class DecodeOptions:
     """Tokens an answer is expected to grow to when its max_tokens is larger: blocks for them are
     kept in hand on admission. Where the guess is too low, the youngest sequence is preempted."""
 
+    orphan_grace_s: float = 15.0
+    """Seconds that a resumable request runs on when its router is gone, and its tokens are kept, until another router
+    adopts it."""
+
     def __post_init__(self) -> None:
         if self.predicted_answer_tokens < 0:
             raise ValueError(f"predicted_answer_tokens must not be negative, got {self.predicted_answer_tokens}")
+        if not 0 <= self.orphan_grace_s <= 3600:
+            raise ValueError(f"orphan_grace_s must be between 0 and 3600 seconds, got {self.orphan_grace_s}")

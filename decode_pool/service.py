@@ -161,6 +161,20 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             yield await self.Reserve(request, context)
             return
 
+    async def Adopt(self, request: pb.AdoptRequest, context: Context) -> pb.AdoptReply:
+        """Make a router, which is attached, the owner of a resumable request."""
+        if refusal := self._link.stale(request.epoch):
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, refusal)
+        if request.router_id not in self._attached:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"router {request.router_id} is not attached")
+        try:
+            reply = await self._link.call(pb.EngineCommand(adopt=request), CALL_TIMEOUT_S)
+        except EngineGoneError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        if reply.WhichOneof("result") == "error":
+            await refuse(context, reply.error)
+        return reply.adopt
+
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortReply:
         """End a request or reservation in any phase."""
         try:

@@ -2,6 +2,7 @@
 
     RESERVED (kv_intake) --KV home--> RUNNING (scheduler) --last token, abort--> (gone)
     local prefill:                    RUNNING from the start
+    RUNNING, resumable --router gone--> still RUNNING, an orphan (orphans.py) until it is adopted or its time is over
 
 The engine loop's thread calls everything here.
 """
@@ -9,6 +10,7 @@ The engine loop's thread calls everything here.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ from dataclasses import dataclass, field
 from decode_pool.admission import Room, check_room
 from decode_pool.config import DecodeOptions
 from decode_pool.kv_intake import KVIntake
+from decode_pool.orphans import Key, Orphans
 from engine import wire
 from engine.api import FinishReason, TokenOutput
 from engine.engine import Engine
@@ -29,7 +32,6 @@ log = logging.getLogger(__name__)
 
 Emit = Callable[[str, pb.TokenOutput], None]
 """emit(router_id, output): collects what this step says to a router."""
-Key = tuple[str, int]
 
 
 @dataclass(slots=True)
@@ -55,6 +57,8 @@ class DecodeWorker:
         self._emit = emit
         self._running: dict[Key, _Running] = {}
         self._intake = KVIntake(engine, node, on_ready=self._join, on_failed=self._failed)
+        self._orphans = Orphans(options.orphan_grace_s)
+        self._grace: threading.Timer | None = None
 
     def reserve(self, message: pb.ReserveRequest) -> pb.ReserveReply:
         """Promise blocks for a request.
@@ -87,13 +91,45 @@ class DecodeWorker:
         return found
 
     def router_gone(self, router_id: str) -> None:
-        """End everything this router asked for."""
+        """End everything this router asked for; what is resumable and generates already becomes an orphan."""
+        now = time.monotonic()
         for sequence in self._sequences():
-            if sequence.owner == router_id:
+            if sequence.owner != router_id:
+                continue
+            if sequence.request.resumable and _key(sequence) in self._running:
+                if _key(sequence) not in self._orphans:
+                    self._orphans.add(_key(sequence), now)
+            else:
                 self._end(sequence, f"router {router_id} is gone")
+        if len(self._orphans):
+            self._wait_for_adoption()
+
+    def adopt(self, message: pb.AdoptRequest) -> bool:
+        """Give a resumable request to another router, which gets all its tokens; False if it is not here any more."""
+        key = (message.request_id, message.attempt)
+        entry = self._running.get(key)
+        if entry is None:
+            ending = self._orphans.adopt(key)
+            if ending is not None:
+                self._emit(message.router_id, ending)
+            return ending is not None
+        sequence = entry.sequence
+        if not sequence.request.resumable:
+            return False
+        if key not in self._orphans and sequence.owner != message.router_id:
+            moved = pb.TokenOutput(request_id=key[0], attempt=key[1], offset=sequence.num_generated_tokens)
+            moved.finish, moved.reason = pb.ENGINE_FINISH_MOVED, f"router {message.router_id} has adopted it"
+            self._emit(sequence.owner, moved)
+        self._orphans.adopt(key)
+        sequence.owner = message.router_id
+        self._emit(sequence.owner, _whole(sequence))
+        return True
 
     def close(self) -> None:
         """End everything."""
+        if self._grace is not None:
+            self._grace.cancel()
+        self._orphans.clear()
         for sequence in self._sequences():
             self._end(sequence, "the worker's epoch is over")
 
@@ -107,7 +143,12 @@ class DecodeWorker:
             message.cached_tokens = min(sequence.num_cached_tokens, sequence.num_prompt_tokens)
         if output.finish_reason is not None:
             self._ended(sequence, output.finish_reason.value)
-        self._emit(sequence.owner, message)
+        if _key(sequence) not in self._orphans:
+            self._emit(sequence.owner, message)
+        elif output.finish_reason is not None:
+            whole = _whole(sequence)
+            whole.finish, whole.reason = message.finish, message.reason
+            self._orphans.ended(_key(sequence), whole)
 
     def holders(self) -> list[Sequence]:
         """Sequences that hold blocks beyond those the scheduler knows."""
@@ -149,7 +190,25 @@ class DecodeWorker:
             return self._intake.abort(_key(sequence), reason)
         self._engine.scheduler.abort(sequence)
         self._ended(sequence, f"aborted: {reason}")
+        self._orphans.forget(_key(sequence))
         return True
+
+    def _wait_for_adoption(self) -> None:
+        """Come back when the first orphan's time is over."""
+        if self._grace is not None:
+            self._grace.cancel()
+        loop = self._engine.loop
+        self._grace = threading.Timer(self._orphans.grace_s, lambda: loop.post(self._end_expired))
+        self._grace.name, self._grace.daemon = "orphans' grace", True
+        self._grace.start()
+
+    def _end_expired(self) -> None:
+        for key in self._orphans.expired(time.monotonic()):
+            entry = self._running.get(key)
+            if entry is not None:
+                self._end(entry.sequence, "nobody adopted it")
+        if len(self._orphans):
+            self._wait_for_adoption()
 
     def _ended(self, sequence: Sequence, how: str) -> None:
         """The sequence is no longer run here."""
@@ -195,6 +254,18 @@ class DecodeWorker:
             entry.timing.queue_s = first_step_at - sequence.arrival
             entry.timing.prefill_s = now - first_step_at
         return entry.timing
+
+
+def _whole(sequence: Sequence) -> pb.TokenOutput:
+    """All tokens generated so far, without log-probabilities."""
+    request = sequence.request
+    tokens = sequence.token_ids[sequence.num_prompt_tokens : sequence.num_known_tokens]
+    return pb.TokenOutput(
+        request_id=request.request_id,
+        attempt=request.attempt,
+        token_ids=tokens,
+        cached_tokens=min(sequence.num_cached_tokens, sequence.num_prompt_tokens),
+    )
 
 
 def _key(sequence: Sequence) -> Key:

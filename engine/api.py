@@ -87,6 +87,8 @@ class GenerateRequest:
     """Seconds left on arrival."""
     resume_from: tuple[int, ...] = ()
     """Tokens emitted by earlier attempts; generation goes on after them."""
+    resumable: bool = False
+    """Whether it runs on for a while when whoever asked is gone."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,7 @@ def request_to_wire(request: GenerateRequest) -> worker_pb2.EngineRequest:
         priority=request.priority,
         deadline_s=deadline_s,
         resume_from=request.resume_from,
+        resumable=request.resumable,
     )
 
 
@@ -88,6 +89,7 @@ def request_from_wire(message: worker_pb2.EngineRequest) -> GenerateRequest:
         priority=message.priority,
         deadline_s=message.deadline_s or None,
         resume_from=tuple(message.resume_from),
+        resumable=message.resumable,
     )
 
 

@@ -32,6 +32,7 @@ from router.info import WorkerInfo
 from router.interceptors import ApiKeys, StrictParsing
 from router.introductions import Introductions
 from router.model import ServedModel
+from router.runs import Runs
 from router.service import InferenceService
 from router.session import Desk
 from router.stats import RouterStats
@@ -99,6 +100,7 @@ class RouterApp:
             ended=Signal(),
             split=self._split,
         )
+        self._runs = Runs(self._desk, self._store.requests, self._router_id)
         self._server = self._make_server()
         self.address = _joined(self._config.host, self._bind())
         await self._publish_health()
@@ -134,12 +136,14 @@ class RouterApp:
             self.state = AppState.STOPPED
             return
         self._desk.draining = True
+        self._runs.leave()
         stopping = UnavailableError("this router stops; ask another one", retry_after_s=self._config.retry_after_s)
         for scope in list(self._desk.running.values()):
             scope.interrupt(stopping)
         await self.drain(STATUS_GRACE_S)
         await self._background.cancel()
         await self._server.stop(STATUS_GRACE_S)
+        await self._runs.close()
         await self._dispatcher.aborts.settle(self._config.abort_timeout_s)
         await self._fleet.stop()
         try:
@@ -194,7 +198,7 @@ class RouterApp:
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
         )
         server = grpc.aio.server(interceptors=interceptors, options=options)
-        inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(self._desk), server)  # type: ignore[no-untyped-call]
+        inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(self._desk, self._runs), server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from protos import inference_pb2, worker_pb2
 from router.background import Background
-from router.errors import AttemptFailedError, WorkerFullError
+from router.errors import AttemptFailedError, RequestMovedError, WorkerFullError
 from router.inbox import Event, Inbox
 from router.info import WorkerLife
 from router.job import Chunk, Ending, Job
@@ -59,20 +59,27 @@ class Attempt:
     """One try; the dispatcher opens, follows and closes it."""
 
     def __init__(
-        self, job: Job, decode: WorkerLink, prefill: WorkerLink | None, reason: str, context: AttemptContext
+        self,
+        job: Job,
+        decode: WorkerLink,
+        prefill: WorkerLink | None,
+        reason: str,
+        context: AttemptContext,
+        number: int | None = None,
     ) -> None:
-        """`reason`: why these workers were chosen."""
+        """`reason`: why these workers were chosen; `number`: of an attempt of another router, default: the next one."""
         self.state = AttemptState.NEW
         self._job = job
         self._decode = decode
         self._prefill = prefill
         self._reason = reason
         self._context = context
-        self._number = job.attempts.begin()
+        self.number = job.attempts.begin() if number is None else number
+        """Tells its outputs from those of another attempt."""
         self.num_tokens = job.num_tokens
         """Tokens to compute before the first new one."""
         self._resumed = bool(job.emitted)
-        self._inbox = Inbox(job.request_id, self._number, context.max_stream_buffer, context.on_overflow)
+        self._inbox = Inbox(job.request_id, self.number, context.max_stream_buffer, context.on_overflow)
         self._held: deque[worker_pb2.TokenOutput] = deque()
         self._failure: Exception | None = None
         self._first: worker_pb2.TokenOutput | None = None
@@ -116,6 +123,26 @@ class Attempt:
         if not self._resumed:
             self._job.num_cached = reply.cached_tokens
 
+    async def adopt(self) -> bool:
+        """Have the decode worker give this router a sequence that it has already; False if it has it no more."""
+        self._take_places()
+        self.state = AttemptState.RESERVING
+        self._job.awaited = f"the adoption by worker {self._decode.info.label}"
+        request = worker_pb2.AdoptRequest(
+            router_id=self._context.router_id,
+            request_id=self._job.request_id,
+            attempt=self.number,
+            epoch=self._decode.info.epoch,
+        )
+        if not await self._decode.adopt(request):
+            self.state = AttemptState.DONE
+            return False
+        self._prefill_load.close()
+        self._job.timeline.mark(Moment.RESERVED)
+        self._job.prefill_worker = self._job.decode_worker = self._decode.info.label
+        self._job.route = self._reason
+        return True
+
     async def follow(self, emit: Emit) -> Ending:
         """Have the prompt computed and hand on every token; returns when the stream has ended well."""
         if self._prefill is None:
@@ -138,7 +165,8 @@ class Attempt:
         self._loads.close()
         if self._prefilling is not None:
             self._prefilling.cancel()
-        if self.state in (AttemptState.RESERVING, AttemptState.PREFILLING, AttemptState.DECODING):
+        is_open = self.state in (AttemptState.RESERVING, AttemptState.PREFILLING, AttemptState.DECODING)
+        if is_open and not self._job.leaves_it_running():
             self._abort(self._decode, reason, decode=True)
             if self._prefill is not None:
                 self._abort(self._prefill, reason, decode=False)
@@ -156,7 +184,7 @@ class Attempt:
 
     def _abort(self, link: WorkerLink, reason: str, *, decode: bool) -> None:
         if link.info.connected:  # a worker that lost its stream aborts by itself
-            request = worker_pb2.AbortRequest(request_id=self._job.request_id, attempt=self._number, reason=reason)
+            request = worker_pb2.AbortRequest(request_id=self._job.request_id, attempt=self.number, reason=reason)
             self._context.aborts.spawn(link.abort(request, decode=decode), f"abort {self._job.request_id}")
 
     async def _run_prefill(self, link: WorkerLink) -> None:
@@ -208,7 +236,11 @@ class Attempt:
             logprobs.extend(output.logprobs[known:])
             self._note(output)
             finish = output.finish
-        if finish in _LOST:
+        if finish == worker_pb2.ENGINE_FINISH_MOVED:
+            self.state = AttemptState.DONE
+            self._failure = RequestMovedError("another router goes on with this request")
+            finish = worker_pb2.ENGINE_FINISH_NONE
+        elif finish in _LOST:
             self._fail(f"worker {self._decode.info.label} gave up: {output.reason}")
             finish = worker_pb2.ENGINE_FINISH_NONE
         elif finish and output is not self._first:

@@ -12,6 +12,25 @@ PolicyName = Literal["round_robin", "least_loaded", "kv_aware"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ResumeConfig:
+    """How long a router keeps what belongs to resumable requests."""
+
+    grace_s: float = 15.0
+    """Seconds a resumable request goes on without anybody who follows it."""
+    replay_s: float = 60.0
+    """Seconds after its end for which its answer can be told again."""
+    max_kept: int = 1000
+    """Most ended requests that are kept for that."""
+
+    def __post_init__(self) -> None:
+        for name in ("grace_s", "replay_s"):
+            if not 0 < getattr(self, name) <= 86400:
+                raise ValueError(f"{name} must be more than 0 and at most 86400 seconds, got {getattr(self, name)}")
+        if self.max_kept < 0:
+            raise ValueError(f"max_kept must be at least 0, got {self.max_kept}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RouterConfig:
     """The front door: where it listens, whom it lets in, and how long it waits for whom."""
 
@@ -26,6 +45,8 @@ class RouterConfig:
     """How the policy kv_aware weighs."""
     local_prefill: LocalPrefillConfig = field(default_factory=LocalPrefillConfig)
     """When a decode worker computes a prompt itself instead of letting it wait for a prefill worker."""
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
+    """Requests that outlive their stream."""
     serve_alone: bool = False
     """Whether, while no worker of one role is ready, those of the other do both jobs (mode split); else requests are
     refused until one comes back."""

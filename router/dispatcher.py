@@ -19,8 +19,8 @@ from router.chooser import Chooser
 from router.config import RouterConfig
 from router.errors import AttemptFailedError, SlowClientError, UnavailableError, WorkerFullError
 from router.fleet import Fleet
-from router.info import WorkerLife, WorkerState
-from router.job import Ending, Job
+from router.info import WorkerInfo, WorkerLife, WorkerState
+from router.job import Adoption, Ending, Job
 from router.policies import Demand, Route
 from router.scope import Scope
 
@@ -44,6 +44,8 @@ class Dispatcher:
 
     async def run(self, job: Job, emit: Emit, scope: Scope) -> Ending:
         """Serve a job to its end; RouterError if that is not to be. The scope ends every wait in here."""
+        if job.adoption is not None and (ending := await self._go_on(job, job.adoption, emit, scope)) is not None:
+            return ending
         full: frozenset[WorkerLife] = frozenset()
         arrived = asyncio.get_running_loop().time()
         with self._line.arrive(job.priority) as place:
@@ -58,7 +60,7 @@ class Dispatcher:
                     continue
                 attempt = self._attempt(job, route, scope)
                 try:
-                    return await self._try(attempt, route, place, emit)
+                    return await self._try(job, attempt, route, place, emit)
                 except WorkerFullError as error:
                     full |= {error.worker} if error.worker is not None else attempt.took_part()
                 except AttemptFailedError as error:
@@ -66,7 +68,37 @@ class Dispatcher:
                 finally:
                     attempt.close("the request ended at the router")
 
-    async def _try(self, attempt: Attempt, route: Route, place: Place, emit: Emit) -> Ending:
+    async def _go_on(self, job: Job, adoption: Adoption, emit: Emit, scope: Scope) -> Ending | None:
+        """Follow what another router left at a decode worker; None if it is lost, and the answer begins anew."""
+        info = await self._wait_for(adoption)
+        if info is None:
+            return None
+        route = Route(info, None, "it runs there already")
+        attempt = self._attempt(job, route, scope, adoption.attempt)
+        try:
+            return await attempt.follow(emit) if await attempt.adopt() else None
+        except WorkerFullError:
+            return None
+        except AttemptFailedError as error:
+            self._failed(job, attempt, error)
+            return None
+        finally:
+            attempt.close("the request ended at the router")
+
+    async def _wait_for(self, adoption: Adoption) -> WorkerInfo | None:
+        """The worker, once it is connected (this router may have just begun); None if it does not come."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._config.no_worker_grace_s
+        while True:
+            seen = self._fleet.changed.version
+            for info in self._fleet.workers():
+                if (info.worker_id, info.epoch) == (adoption.worker_id, adoption.epoch) and info.connected:
+                    return info
+            left_s = until - loop.time()
+            if left_s <= 0 or not await self._fleet.changed.wait(seen, timeout_s=left_s):
+                return None
+
+    async def _try(self, job: Job, attempt: Attempt, route: Route, place: Place, emit: Emit) -> Ending:
         self._chooser.took(route, attempt.num_tokens, asyncio.get_running_loop().time())
         try:
             await attempt.reserve()
@@ -74,6 +106,8 @@ class Dispatcher:
             self._chooser.took_back(route, attempt.num_tokens)
             raise
         place.admitted()
+        if job.on_reserved is not None:
+            job.on_reserved(route.decode, attempt.number)
         self.local_prompt_tokens += route.local_tokens
         ending = await attempt.follow(emit)
         self._line.news()
@@ -87,7 +121,7 @@ class Dispatcher:
         )
         job.attempts.failed(error, attempt.took_part())
 
-    def _attempt(self, job: Job, route: Route, scope: Scope) -> Attempt:
+    def _attempt(self, job: Job, route: Route, scope: Scope, number: int | None = None) -> Attempt:
         limit = self._config.max_stream_buffer
         too_slow = SlowClientError(f"the client lags more than {limit} tokens behind its stream; read faster")
         context = AttemptContext(self._router_id, limit, lambda: scope.interrupt(too_slow), self.aborts)
@@ -101,7 +135,7 @@ class Dispatcher:
             },
         )
         prefill = self._fleet.link(route.prefill) if route.prefill is not None else None
-        return Attempt(job, self._fleet.link(route.decode), prefill, route.reason, context)
+        return Attempt(job, self._fleet.link(route.decode), prefill, route.reason, context, number)
 
     async def _route(self, job: Job, full: frozenset[WorkerLife], since: float) -> Route | None:
         """A route; None if there are workers but all are full.

@@ -3,13 +3,16 @@
 RouterError                   carries a gRPC status, perhaps a field, perhaps a hint when to try again
 ├── InvalidArgumentError      INVALID_ARGUMENT    the request can never be served; names the field
 ├── ModelNotFoundError        NOT_FOUND           no such model
+├── RequestNotFoundError      NOT_FOUND           no such resumable request
 ├── DuplicateRequestError     ALREADY_EXISTS      a request of this id is running
 ├── UnauthenticatedError      UNAUTHENTICATED     no API key, or an unknown one
 ├── OverloadedError           RESOURCE_EXHAUSTED  too many requests wait; RetryInfo
 ├── SlowClientError           RESOURCE_EXHAUSTED  the client reads too slowly
 ├── UnavailableError          UNAVAILABLE         no worker can serve, or the router drains; RetryInfo
 ├── DeadlineExceededError     DEADLINE_EXCEEDED   the request's time is over
-└── RequestCancelledError     CANCELLED           Cancel was called
+├── RequestCancelledError     CANCELLED           Cancel was called
+├── RequestOrphanedError      CANCELLED           nobody followed a resumable request any more
+└── RequestMovedError         ABORTED             another call, or another router, goes on with it
 
 Inside the router, never seen by a client:
 
@@ -123,6 +126,24 @@ class RequestCancelledError(RouterError):
     """Cancel was called for the request."""
 
     code = grpc.StatusCode.CANCELLED
+
+
+class RequestNotFoundError(RouterError):
+    """No such resumable request is known."""
+
+    code = grpc.StatusCode.NOT_FOUND
+
+
+class RequestOrphanedError(RouterError):
+    """Nobody followed a resumable request any more."""
+
+    code = grpc.StatusCode.CANCELLED
+
+
+class RequestMovedError(RouterError):
+    """Another call, or another router, goes on with the request."""
+
+    code = grpc.StatusCode.ABORTED
 
 
 class WorkerError(Exception):

@@ -102,5 +102,11 @@ def _refusal(error: RouterError) -> grpc.RpcMethodHandler[Any, Any]:
     return grpc.unary_unary_rpc_method_handler(refuse)
 
 
+def caller(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    """A digest of the API key that a call shows; empty: it shows none."""
+    shown = [value for name, value in context.invocation_metadata() or () if name == "authorization"]
+    return _digest(str(shown[0]).partition(" ")[2].strip()).hex() if shown else ""
+
+
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from protos import inference_pb2, worker_pb2
+from router.info import WorkerInfo
 from router.retry import Attempts
 from router.timeline import Timeline
+
+
+@dataclass(frozen=True, slots=True)
+class Adoption:
+    """The sequence of a resumable request, which may still run at a decode worker."""
+
+    worker_id: str
+    epoch: int
+    attempt: int
 
 
 @dataclass(slots=True, eq=False)
@@ -22,6 +33,13 @@ class Job:
     """Time of the event loop's clock at which the request ends."""
     timeline: Timeline
     attempts: Attempts
+    resumable: bool = False
+    adoption: Adoption | None = None
+    """What to go on with before any attempt is made."""
+    leaves_it_running: Callable[[], bool] = bool
+    """Whether its end at this router is to be no end at its workers."""
+    on_reserved: Callable[[WorkerInfo, int], object] | None = None
+    """Told which worker has it, under which attempt."""
     emitted: list[int] = field(default_factory=list)
     """Tokens handed to the client so far; a new attempt goes on after them."""
     num_cached: int = 0
@@ -53,6 +71,7 @@ class Job:
                 prompt_token_ids=self.prompt_token_ids,
                 params=self.params,
                 priority=self.priority,
+                resumable=self.resumable,
             )
         told.attempt = self.attempts.number
         told.deadline_s = self.seconds_left()

@@ -15,9 +15,10 @@ class Attempts:
     against `max_attempts`, a worker without room is no failure.
     """
 
-    def __init__(self, max_attempts: int, retry_after_s: float) -> None:
-        self.number = -1
-        """Of the present attempt; -1: none yet."""
+    def __init__(self, max_attempts: int, retry_after_s: float, first: int = 0) -> None:
+        """`first`: the number of the first attempt."""
+        self.number = first - 1
+        """Of the present attempt; the one before the first: none yet."""
         self.num_failed = 0
         self.failed_at = 0.0
         """When the last one failed, on the loop's clock."""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import NoReturn, TypeVar
+from collections.abc import Awaitable
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 
 from protos import inference_pb2, inference_pb2_grpc
-from router.errors import InvalidArgumentError, RequestCancelledError, RouterError
-from router.session import CANCEL_PATIENCE_S, Desk, GenerateContext, Session
+from router.errors import InvalidArgumentError, RequestCancelledError, RouterError, SlowClientError
+from router.interceptors import caller
+from router.runs import TURN_S, Run, Runs
+from router.scope import Scope
+from router.session import CANCEL_PATIENCE_S, Desk, Session
 from router.validation import THREAD_FROM_CHARS
 
 logger = logging.getLogger(__name__)
@@ -18,34 +22,73 @@ Q = TypeVar("Q")
 A = TypeVar("A")
 
 
+GenerateContext = grpc.aio.ServicerContext[inference_pb2.GenerateRequest, inference_pb2.GenerateEvent]
+ResumeContext = grpc.aio.ServicerContext[inference_pb2.ResumeRequest, inference_pb2.GenerateEvent]
+
+
 class InferenceService(inference_pb2_grpc.InferenceServicer):
     """pdserve.v1.Inference."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, runs: Runs) -> None:
         self._desk = desk
+        self._runs = runs
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: GenerateContext) -> None:
         """Stream a request's events; see protos/inference.proto."""
-        session = Session(self._desk, request, context)
-        outcome = "client_gone"
-        failure: RouterError | None = None
-        try:
-            outcome = await session.serve()
-        except RouterError as error:
-            failure = error
-            outcome = error.code.name.lower()
-        except grpc.aio.InternalError:
-            logger.debug("the client is gone", extra={"request_id": session.request_id})
-        except Exception:
-            failure = RouterError("the router failed; its log says why")
-            outcome = "internal"
-            logger.exception("request failed by a defect", extra={"request_id": session.request_id})
-        finally:
-            session.account(outcome, "" if failure is None else failure.message)
+        if request.resumable:
+            await self._follow(self._runs.generate(request, caller(context)), 0, context)
+            return
+        failure = await Session(self._desk, request, context).serve_to_the_end()
         if failure is not None:
             await self._tell(context, failure)
 
-    async def _tell(self, context: GenerateContext, failure: RouterError) -> None:
+    async def Resume(self, request: inference_pb2.ResumeRequest, context: ResumeContext) -> None:
+        """Go on with a resumable request; see protos/inference.proto."""
+        await self._follow(self._find(request, caller(context)), request.next_offset, context)
+
+    async def _find(self, request: inference_pb2.ResumeRequest, owner: str) -> Run:
+        if request.next_offset < 0:
+            raise InvalidArgumentError(
+                f"next_offset must be at least 0, got {request.next_offset}", field="next_offset"
+            )
+        return await self._runs.find(request.request_id, owner)
+
+    async def _follow(
+        self, finding: Awaitable[Run], next_offset: int, context: GenerateContext | ResumeContext
+    ) -> None:
+        """Tell what a run says, until it ends, the client goes, or another call goes on with it."""
+        failure: RouterError | None = None
+        scope = Scope()
+        try:
+            run = await finding
+            reader = self._runs.reader(run, next_offset, scope)
+            try:
+                async with scope:
+                    while (event := await reader.next_event(TURN_S)) is not None:
+                        await self._write(event, context, scope)
+            finally:
+                self._runs.left(run, scope)
+        except RouterError as error:
+            failure = error
+        except grpc.aio.InternalError:
+            logger.debug("the client is gone")
+        if failure is not None:
+            await self._tell(context, failure)
+
+    async def _write(
+        self, event: inference_pb2.GenerateEvent, context: GenerateContext | ResumeContext, scope: Scope
+    ) -> None:
+        limit_s = self._desk.config.resume.grace_s
+        try:
+            async with asyncio.timeout(limit_s):
+                with scope.writing():
+                    await context.write(event)
+        except TimeoutError:
+            raise SlowClientError(
+                f"the client did not take a message within {limit_s:g} s; read faster, and go on with Resume"
+            ) from None
+
+    async def _tell(self, context: grpc.aio.ServicerContext[Any, Any], failure: RouterError) -> None:
         """The status; a client that does not read gets it when it does, or goes."""
         try:
             await abort(context, failure)

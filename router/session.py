@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import grpc
 
@@ -23,11 +25,13 @@ from router.errors import (
     DeadlineExceededError,
     DuplicateRequestError,
     RequestCancelledError,
+    RouterError,
     SlowClientError,
     UnavailableError,
 )
 from router.fleet import Fleet
-from router.job import Chunk, Ending, Job
+from router.info import WorkerInfo
+from router.job import Adoption, Chunk, Ending, Job
 from router.model import ServedModel
 from router.output import OutputStream
 from router.retry import Attempts
@@ -43,7 +47,24 @@ WRITE_PATIENCE_S = 0.05
 CANCEL_PATIENCE_S = 1.0
 """The same for Cancel, whose Finished message should follow it."""
 
-GenerateContext = grpc.aio.ServicerContext[inference_pb2.GenerateRequest, inference_pb2.GenerateEvent]
+
+class Client(Protocol):
+    """Who hears a session: a gRPC call's context, or a story that others read."""
+
+    async def write(self, event: inference_pb2.GenerateEvent) -> None:
+        """Take an event; grpc.aio.InternalError when the client is gone."""
+
+    def time_remaining(self) -> float | None:
+        """Seconds until the call's own deadline, if it has one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a session begins: anew, or with what another router left."""
+
+    first_attempt: int = 0
+    """Number of the first attempt."""
+    adoption: Adoption | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -75,32 +96,64 @@ class Desk:
 
 
 class Session:
-    """One Generate call."""
+    """The serving of one request."""
 
-    def __init__(self, desk: Desk, request: inference_pb2.GenerateRequest, context: GenerateContext) -> None:
+    def __init__(
+        self, desk: Desk, request: inference_pb2.GenerateRequest, context: Client, origin: Origin | None = None
+    ) -> None:
         self._desk = desk
         self._request = request
         self._context = context
         self.request_id = request.request_id[: validation.MAX_REQUEST_ID_CHARS]
         """For logs: the client's as far as it goes, then the one it was given."""
+        self.leaves_it_running = False
+        """Whether an end from outside is to be no end at the workers."""
+        self.on_reserved: Callable[[WorkerInfo, int], object] | None = None
+        """Told which worker has it, under which attempt."""
+        self.scope = Scope()
+        self._origin = origin or Origin()
+        self._make_output: Callable[[], OutputStream] = _no_output
         self._timeline = Timeline()
-        self._scope = Scope()
         self._output: OutputStream | None = None
         self._job: Job | None = None
 
-    async def serve(self) -> str:
+    async def serve_to_the_end(self) -> RouterError | None:
+        """Serve the call and account for it; gives the error whose status is to end it, if there is one."""
+        outcome = "client_gone"
+        failure: RouterError | None = None
+        try:
+            outcome = await self._serve()
+        except RouterError as error:
+            failure = error
+            outcome = error.code.name.lower()
+        except grpc.aio.InternalError:
+            logger.debug("the client is gone", extra={"request_id": self.request_id})
+        except Exception:
+            failure = RouterError("the router failed; its log says why")
+            outcome = "internal"
+            logger.exception("request failed by a defect", extra={"request_id": self.request_id})
+        finally:
+            self._account(outcome, "" if failure is None else failure.message)
+        return failure
+
+    def fresh_output(self) -> OutputStream:
+        """The text side of the answer, from its beginning; once the request is accepted."""
+        return self._make_output()
+
+    async def _serve(self) -> str:
         """Serve the call; gives its outcome. RouterError where a status is to end it."""
-        self._desk.check_open()
+        if self._origin.adoption is None:
+            self._desk.check_open()
         request_id = validation.request_id(self._request.request_id)
         if request_id in self._desk.running:
             raise DuplicateRequestError(f"a request with the id {request_id!r} is running")
         self.request_id = request_id
-        self._desk.running[request_id] = self._scope
+        self._desk.running[request_id] = self.scope
         try:
-            async with self._scope:
+            async with self.scope:
                 ending = await self._run(request_id)
         except RequestCancelledError:
-            if self._job is None or self._scope.write_cut:
+            if self._job is None or self.scope.write_cut:
                 raise
             ending = Ending(inference_pb2.FINISH_REASON_CANCELLED)
             await self._finish(self._job, ending, CANCEL_PATIENCE_S)
@@ -115,14 +168,15 @@ class Session:
         desk.model.check_name(request.model)
         limit_s = validation.deadline_s(request, desk.config, self._context.time_remaining())
         deadline = asyncio.get_running_loop().time() + limit_s
-        self._scope.interrupt_at(deadline, lambda: self._too_late(limit_s), WRITE_PATIENCE_S)
+        self.scope.interrupt_at(deadline, lambda: self._too_late(limit_s), WRITE_PATIENCE_S)
         kind = validation.prompt_kind(request)
         stops = validation.stop_strings(request.sampling, desk.model)
         params = validation.sampling_params(request.sampling, desk.config, desk.model)
         ids = await validation.prompt_ids(request, desk.model)
         params = validation.fitted(params, len(ids), desk.model, desk.fleet.pool_tokens(split=desk.split), kind)
         # 2. Accept.
-        self._output = OutputStream(desk.model.tokenizer, ids, stops)
+        self._make_output = lambda: OutputStream(desk.model.tokenizer, ids, stops)
+        self._output = self._make_output()
         job = Job(
             request_id=request_id,
             prompt_token_ids=ids,
@@ -130,7 +184,11 @@ class Session:
             priority=request.priority,
             deadline=deadline,
             timeline=self._timeline,
-            attempts=Attempts(desk.config.max_attempts, desk.config.retry_after_s),
+            attempts=Attempts(desk.config.max_attempts, desk.config.retry_after_s, self._origin.first_attempt),
+            resumable=request.resumable,
+            adoption=self._origin.adoption,
+            leaves_it_running=lambda: self.leaves_it_running,
+            on_reserved=self.on_reserved,
         )
         self._timeline.mark(Moment.ACCEPTED)
         accepted = inference_pb2.Accepted(
@@ -139,8 +197,8 @@ class Session:
         await self._write(inference_pb2.GenerateEvent(accepted=accepted))
         self._job = job
         # 3. Serve.
-        ending = await desk.dispatcher.run(job, self._emit, self._scope)
-        self._scope.seal()
+        ending = await desk.dispatcher.run(job, self._emit, self.scope)
+        self.scope.seal()
         await self._finish(job, ending, job.seconds_left())
         return ending
 
@@ -159,7 +217,7 @@ class Session:
         return ending
 
     async def _write(self, event: inference_pb2.GenerateEvent) -> None:
-        with self._scope.writing():
+        with self.scope.writing():
             await self._context.write(event)
 
     async def _finish(self, job: Job, ending: Ending, limit_s: float) -> None:
@@ -186,7 +244,7 @@ class Session:
         except TimeoutError:
             raise SlowClientError(f"the client did not take its last message within {limit_s:g} s") from None
 
-    def account(self, outcome: str, error: str) -> None:
+    def _account(self, outcome: str, error: str) -> None:
         """Add this session's figures to the router's, and log its end."""
         self._timeline.mark(Moment.ENDED)
         self._desk.stats.ended(outcome)
@@ -218,3 +276,7 @@ class Session:
                 "total_s": timeline.between(Moment.ARRIVED, Moment.ENDED),
             },
         )
+
+
+def _no_output() -> OutputStream:
+    raise AssertionError("the request has not been accepted yet")

@@ -11,6 +11,7 @@ Epochs only grow. A worker that finds itself stale (`StaleEpochError`) must stop
     pdserve:router:<router_id>   record (JSON), expires
     pdserve:routers              set of router ids
     pdserve:fleet                channel: something changed
+    pdserve:request:<request_id> see request_store.py
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
 from router.errors import StaleEpochError, StoreUnavailableError
+from router.request_store import MemoryRequestStore, RedisRequestStore, RequestStore
 from router.wakeup import Signal
 
 Role = Literal["prefill", "decode", "both"]
@@ -87,6 +89,10 @@ class RouterRecord:
 class FleetStore(Protocol):
     """The registry. Each call ends within a bound, at worst with StoreUnavailableError."""
 
+    @property
+    def requests(self) -> RequestStore:
+        """Where resumable requests run."""
+
     async def next_epoch(self, worker_id: str) -> int:
         """A number greater than any this worker had before."""
 
@@ -129,6 +135,12 @@ class RedisStore:
         )
         self._timeout_s = timeout_s
         self._refresh_s = refresh_s
+        self._requests = RedisRequestStore(self._redis, self._call)
+
+    @property
+    def requests(self) -> RequestStore:
+        """Where resumable requests run."""
+        return self._requests
 
     async def next_epoch(self, worker_id: str) -> int:
         """A number greater than any this worker had before."""
@@ -230,6 +242,12 @@ class MemoryStore:
         self._routers: dict[str, tuple[RouterRecord, float]] = {}
         self._changed = Signal()
         self._refresh_s = refresh_s
+        self._requests = MemoryRequestStore()
+
+    @property
+    def requests(self) -> RequestStore:
+        """Where resumable requests run."""
+        return self._requests
 
     async def next_epoch(self, worker_id: str) -> int:
         """A number greater than any this worker had before."""

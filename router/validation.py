@@ -84,11 +84,16 @@ def sampling_params(sampling: inference_pb2.Sampling, config: RouterConfig, mode
         )
     check_token_ids(list(sampling.stop_token_ids), model, field="sampling.stop_token_ids")
     given.setdefault("max_tokens", max(config.default_max_tokens, given.get("min_tokens", 0)))
-    given.setdefault("seed", secrets.randbits(63))
+    given.setdefault("seed", draw_seed())
     try:
         return SamplingParams(stop_token_ids=tuple(sampling.stop_token_ids), **given)
     except InvalidRequestError as error:
         raise InvalidArgumentError(str(error), field=f"sampling.{error.field}") from error
+
+
+def draw_seed() -> int:
+    """For a request that names none."""
+    return secrets.randbits(63)
 
 
 def check_token_ids(ids: list[int], model: ServedModel, *, field: str) -> None:

@@ -126,6 +126,12 @@ class WorkerLink:
         stub = self._connected(self._prefill)
         await self._answer("Meet", stub.Meet(request, timeout=self._config.connect_timeout_s, metadata=self._metadata))
 
+    async def adopt(self, request: worker_pb2.AdoptRequest) -> bool:
+        """Become the owner of a resumable request there, if it is there; errors as for `reserve`."""
+        stub = self._connected(self._decode)
+        calling = stub.Adopt(request, timeout=self._config.reserve_timeout_s, metadata=self._metadata)
+        return bool((await self._answer("Adopt", calling)).found)
+
     async def abort(self, request: worker_pb2.AbortRequest, *, decode: bool) -> None:
         """End a request in one craft. A worker that cannot be reached ends it by itself: its stream is down."""
         stub = self._decode if decode else self._prefill

@@ -42,6 +42,7 @@ class Shape:
     options: EngineOptions = field(default_factory=lambda: EngineOptions(max_step_tokens=64, max_running=32))
     transfer: TransferConfig = field(default_factory=TransferConfig)
     router: RouterConfig = field(default_factory=lambda: RouterConfig(port=0))
+    decode: DecodeOptions = field(default_factory=DecodeOptions)
 
 
 @dataclass
@@ -70,25 +71,30 @@ class MiniCluster:
             await self.add_worker(f"decode-{index}", "both" if shape.colocated else "decode")
         for index in range(0 if shape.colocated else shape.num_prefill):
             await self.add_worker(f"prefill-{index}", "prefill")
-        self.router = RouterApp(
-            config=replace(shape.router),
-            model=shape.model,
-            mode="colocated" if shape.colocated else "split",
-            store=self.store,
-            secret=SECRET,
-            router_id="router-0",
-        )
-        address = await self.router.start()
-        self._stack.push_async_callback(self.router.stop)
-        channel = grpc.aio.insecure_channel(address)
-        self._stack.push_async_callback(channel.close)
-        self.stub = inference_pb2_grpc.InferenceStub(channel)
+        self.router, self.stub = await self.add_router("router-0")
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._stack.aclose()
+
+    async def add_router(self, router_id: str) -> tuple[RouterApp, inference_pb2_grpc.InferenceStub]:
+        """Start a router, and speak to it."""
+        shape = self.shape
+        router = RouterApp(
+            config=replace(shape.router),
+            model=shape.model,
+            mode="colocated" if shape.colocated else "split",
+            store=self.store,
+            secret=SECRET,
+            router_id=router_id,
+        )
+        address = await router.start()
+        self._stack.push_async_callback(router.stop)
+        channel = grpc.aio.insecure_channel(address)
+        self._stack.push_async_callback(channel.close)
+        return router, inference_pb2_grpc.InferenceStub(channel)
 
     async def add_worker(self, worker_id: str, role: str) -> MiniWorker:
         """Load a worker and start it."""
@@ -100,7 +106,7 @@ class MiniCluster:
             role=role,
             model_name=shape.model.name or engine.runner.source.name,
             max_running=shape.options.max_running,
-            decode=DecodeOptions(),
+            decode=shape.decode,
             transfer=shape.transfer,
             secret=SECRET,
             socket_path=socket_path,
