@@ -23,6 +23,7 @@ from cluster.config import ClusterConfig, PoolConfig, from_plain
 from cluster.front import FrontOptions, FrontState, WorkerFront
 from cluster.loop_thread import LoopThread
 from cluster.model_load import LoadTeller
+from cluster.placement import port_of
 from cluster.process import begin
 from cluster.run_dir import RunDir
 from cluster.sigterm import on_sigterm
@@ -297,7 +298,8 @@ class RouterActor:
             key_labels={"outcomes": "outcome", "workers": "state"},
         )
         observability = config.observability
-        self._metrics = metrics.serve([collector], host=observability.metrics_host, port=observability.metrics_port)
+        port = port_of(observability.metrics_port, spec.router_id)
+        self._metrics = metrics.serve([collector], host=observability.metrics_host, port=port)
         self._app, self._address = self._loop.run(_make_router(spec, config, secret, self._metrics.address), START_S)
         gc.freeze()
         on_sigterm(self._on_sigterm)
@@ -351,7 +353,7 @@ async def _make_router(
     spec: RouterSpec, config: ClusterConfig, secret: bytes, metrics_address: str
 ) -> tuple[RouterApp, str]:
     app = RouterApp(
-        config=config.router,
+        config=replace(config.router, port=port_of(config.router.port, spec.router_id)),
         model=config.model,
         mode=config.mode,
         store=_store(spec.redis_url, config),

@@ -13,6 +13,7 @@ ClientError
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +32,7 @@ from protos.inference_pb2 import (
     GenerateRequest,
     ListModelsRequest,
     Model,
+    ResumeRequest,
     TokenizeRequest,
     TokenizeResponse,
 )
@@ -134,7 +136,22 @@ class Client:
         """
         timeout = request.deadline_s + DEADLINE_GRACE_S if request.HasField("deadline_s") else None
         call = self._stub.Generate(request, metadata=self._metadata, timeout=timeout)
-        contract = _StreamContract()
+        async with aclosing(self._events(call, 0)) as events:
+            async for event in events:
+                yield event
+
+    async def resume(self, request_id: str, next_offset: int = 0) -> AsyncGenerator[GenerateEvent, None]:
+        """Yield the events of a resumable request from its token `next_offset` on.
+
+        Any router of its cluster may be asked. Leaving the iterator early leaves the request running, for a while.
+        """
+        call = self._stub.Resume(ResumeRequest(request_id=request_id, next_offset=next_offset), metadata=self._metadata)
+        async with aclosing(self._events(call, next_offset)) as events:
+            async for event in events:
+                yield event
+
+    async def _events(self, call: Any, next_offset: int) -> AsyncGenerator[GenerateEvent, None]:
+        contract = _StreamContract(next_offset)
         try:
             async for event in call:
                 contract.check(event)
@@ -173,9 +190,10 @@ class Client:
 class _StreamContract:
     """What every Generate stream keeps: Accepted, then gap-free Tokens, then Finished and nothing more."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_tokens: int) -> None:
+        """`num_tokens`: those that came before."""
         self._stage: str | None = None
-        self._num_tokens = 0
+        self._num_tokens = num_tokens
 
     def check(self, event: GenerateEvent) -> None:
         kind = event.WhichOneof("event")

@@ -20,7 +20,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from cluster import metrics, pool
 from cluster.config import from_plain
 from cluster.nap import napping
-from cluster.placement import NUM_ROUTERS, WorkerPlan, shortage, total, wanted_workers
+from cluster.placement import WorkerPlan, router_ids, shortage, total, wanted_workers
 from cluster.process import begin
 
 CONTROLLER = "controller"
@@ -70,12 +70,11 @@ class Controller:
         config = from_plain(self._around.config)
         there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         self._plans = wanted_workers(config, gpus=there.get("GPU", 0.0))
-        if missing := shortage(total(self._plans), there):
+        if missing := shortage(total(self._plans, config.router.replicas), there):
             raise pool.PlacementError(f"the Ray cluster is too small: {'; '.join(missing)}")
         for plan in self._plans:
             self._workers[plan.worker_id] = pool.create_worker(plan, self._classes, self._around)
-        for index in range(NUM_ROUTERS):
-            router_id = f"router-{index}"
+        for router_id in router_ids(config):
             self._routers[router_id] = pool.create_router(router_id, self._classes, self._around)
         self._state = ControllerState.DEPLOYED
         log.info("deployed", extra={"workers": list(self._workers), "routers": list(self._routers)})

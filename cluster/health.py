@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from cluster.config import ClusterConfig, from_plain, public_url
 from cluster.metrics import PREFIX
 from cluster.pairs import Pair, pairs_of
-from cluster.placement import wanted_workers
+from cluster.placement import router_ids, wanted_workers
 from cluster.run_dir import RunDir, RunState
 from router.errors import StoreUnavailableError
 from router.store import RedisStore, RouterRecord, WorkerRecord
@@ -87,7 +87,7 @@ async def _gather(run_dir: RunDir, state: RunState, config: ClusterConfig) -> Re
     records, ray = await asyncio.gather(_records(url), _listens(state.ray_address))
     registered: dict[str, WorkerRecord | RouterRecord] = records or {}
     wanted = {plan.worker_id: (plan.pool, plan.role) for plan in wanted_workers(config, gpus=0.0)}
-    routers = [name for name, record in registered.items() if isinstance(record, RouterRecord)] or ["router-0"]
+    routers = router_ids(config)
     members = await asyncio.gather(
         *(_member(name, "worker", pool, role, registered.get(name)) for name, (pool, role) in wanted.items()),
         *(_member(name, "router", "", "", registered.get(name)) for name in routers),

@@ -25,6 +25,7 @@ import redis
 
 from cluster.children import send_signal
 from cluster.config import ClusterConfig, public_url, to_plain
+from cluster.placement import port_of, router_ids
 from cluster.ray_node import package_environment
 from cluster.run_dir import AlreadyRunningError, ProcessRef, RunDir, session_members, write_private
 from cluster.valkey import free_port
@@ -67,9 +68,13 @@ def check(config: ClusterConfig, run_dir: RunDir) -> ClusterConfig:
         ModelConfig.load(source)
     except ModelError as error:
         raise LaunchError(str(error)) from error
+    router, observability = config.router, config.observability
     ports = [
-        ("router.port", config.router.host, config.router.port),
-        ("observability.metrics_port", config.observability.metrics_host, config.observability.metrics_port),
+        *(("router.port", router.host, port_of(router.port, name)) for name in router_ids(config)),
+        *(
+            ("observability.metrics_port", observability.metrics_host, port_of(observability.metrics_port, name))
+            for name in router_ids(config)
+        ),
         ("redis.port", "127.0.0.1", 0 if config.redis.url else config.redis.port),
         ("ray.port", "127.0.0.1", 0 if config.ray.address else config.ray.port),
     ]
@@ -80,7 +85,8 @@ def check(config: ClusterConfig, run_dir: RunDir) -> ClusterConfig:
         _check_redis(config.redis.url)
     config = _absolute_paths(config)
     if config.router.port == 0:
-        config = dataclasses.replace(config, router=dataclasses.replace(config.router, port=free_port()))
+        port = free_port(config.router.replicas)
+        config = dataclasses.replace(config, router=dataclasses.replace(config.router, port=port))
     if config.model.path == DEMO_NAME:
         return config
     return dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(source.path.resolve())))

@@ -19,7 +19,6 @@ FRONT_CPUS = 0.1
 """A front moves messages; it computes nothing."""
 ROUTER_CPUS = 0.2
 CONTROLLER_CPUS = 0.0
-NUM_ROUTERS = 1
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,9 @@ def rank_bundle(pool: PoolConfig, *, enough_gpus: bool) -> Bundle:
     return bundle | {name: amount for name, amount in pool.resources.items() if amount}
 
 
-def total(plans: list[WorkerPlan]) -> Bundle:
+def total(plans: list[WorkerPlan], num_routers: int) -> Bundle:
     """What a whole cluster reserves."""
-    needed: Bundle = {"CPU": NUM_ROUTERS * ROUTER_CPUS + CONTROLLER_CPUS}
+    needed: Bundle = {"CPU": num_routers * ROUTER_CPUS + CONTROLLER_CPUS}
     for plan in plans:
         for bundle in plan.bundles:
             for name, amount in bundle.items():
@@ -73,9 +72,19 @@ def total(plans: list[WorkerPlan]) -> Bundle:
     return needed
 
 
-def logical_cpus(plans: list[WorkerPlan]) -> int:
+def logical_cpus(plans: list[WorkerPlan], num_routers: int) -> int:
     """CPUs to give a Ray of our own, so that what the YAML asks for fits on a machine with fewer cores."""
-    return math.ceil(total(plans)["CPU"] + 1e-9)
+    return math.ceil(total(plans, num_routers)["CPU"] + 1e-9)
+
+
+def router_ids(config: ClusterConfig) -> list[str]:
+    """The routers that the YAML wants."""
+    return [f"router-{index}" for index in range(config.router.replicas)]
+
+
+def port_of(base: int, router_id: str) -> int:
+    """The port of a router, given that of the first one; 0: any free one."""
+    return base + int(router_id.rpartition("-")[2]) if base else 0
 
 
 def shortage(needed: Bundle, there: Bundle) -> list[str]:

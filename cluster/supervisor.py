@@ -169,7 +169,7 @@ class Supervisor:
             run_id=self._state.run_id,
             redis_url=self._redis_url,
             port=self._config.ray.port or free_port(),
-            num_cpus=logical_cpus(wanted_workers(self._config, gpus=0.0)),
+            num_cpus=logical_cpus(wanted_workers(self._config, gpus=0.0), self._config.router.replicas),
             num_gpus=self._config.ray.num_gpus,
             object_store_bytes=self._config.ray.object_store_mib * 1024 * 1024,
             sockets=self._state.sockets,

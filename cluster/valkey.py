@@ -7,6 +7,7 @@ it and starts it again on the same port, with the same data, when it ends unaske
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 from pathlib import Path
@@ -17,17 +18,27 @@ from cluster.run_dir import RunDir, write_private
 READY_LINE = b"Ready to accept connections"
 START_TIMEOUT_S = 30.0
 STOP_GRACE_S = 5.0
+PORT_TRIES = 20
 
 
 class ValkeyError(RuntimeError):
     """The server could not be started."""
 
 
-def free_port() -> int:
-    """A TCP port of loopback that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port(count: int = 1) -> int:
+    """A TCP port of loopback that nobody listens on now; the first of `count` in a row."""
+    for _ in range(PORT_TRIES):
+        with contextlib.ExitStack() as probes:
+            first = 0
+            try:
+                for index in range(count):
+                    probe = probes.enter_context(socket.socket())
+                    probe.bind(("127.0.0.1", first + index if first else 0))
+                    first = first or int(probe.getsockname()[1])
+            except (OSError, OverflowError):
+                continue
+            return first
+    raise ValkeyError(f"found no {count} free TCP ports in a row in {PORT_TRIES} tries: set the port in the YAML")
 
 
 def server_binary() -> Path:

@@ -37,7 +37,10 @@ class RouterConfig:
     host: str = "127.0.0.1"
     """Interface to listen on."""
     port: int = 50051
-    """TCP port for clients; 0: any free one."""
+    """TCP port for clients; 0: any free one. Of several routers each has the next one."""
+    replicas: int = 1
+    """Routers, each a process of its own; any of them serves any client, and goes on with another one's resumable
+    requests."""
     policy: PolicyName = "kv_aware"
     """How a worker is picked among those that can serve. round_robin: in turn; least_loaded: by what waits or runs
     there; kv_aware: by the time to the first token that is to be expected, with what each holds of the prompt."""
@@ -92,6 +95,10 @@ class RouterConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port must be between 0 and 65535, got {self.port}")
+        if not 1 <= self.replicas <= 64:
+            raise ValueError(f"replicas must be between 1 and 64, got {self.replicas}")
+        if self.port + self.replicas - 1 > 65535:
+            raise ValueError(f"port must leave room for {self.replicas} routers below 65536, got {self.port}")
         if self.policy not in get_args(PolicyName):
             raise ValueError(f"policy must be one of {', '.join(get_args(PolicyName))}, got {self.policy!r}")
         if (self.tls_cert is None) != (self.tls_key is None):

@@ -24,7 +24,7 @@ def test_split_has_a_worker_per_place_with_its_role(prefill: int, decode: int) -
     ]
     assert [(plan.worker_id, plan.role) for plan in plans] == expected
     assert all(plan.bundles == ({"CPU": FRONT_CPUS}, {"CPU": 1.0}) for plan in plans)
-    assert not shortage(total(plans), {"CPU": float(logical_cpus(plans))})
+    assert not shortage(total(plans, 2), {"CPU": float(logical_cpus(plans, 2))})
 
 
 def test_colocated_starts_the_decode_pool_alone_and_each_worker_does_both() -> None:
@@ -38,18 +38,18 @@ def test_colocated_starts_the_decode_pool_alone_and_each_worker_does_both() -> N
 def test_a_worker_of_several_ranks_has_a_bundle_for_each() -> None:
     plans = wanted_workers(config(0, 2, mode="colocated", tensor_parallel=4), gpus=8)
     assert [plan.bundles for plan in plans] == [({"CPU": FRONT_CPUS}, *[{"CPU": 1.0, "GPU": 1.0}] * 4)] * 2
-    assert "GPU" not in total(wanted_workers(config(0, 2, mode="colocated", tensor_parallel=4), gpus=7))
+    assert "GPU" not in total(wanted_workers(config(0, 2, mode="colocated", tensor_parallel=4), gpus=7), 1)
 
 
 def test_each_rank_on_a_gpu_reserves_one_and_its_threads() -> None:
     plans = wanted_workers(config(1, 1, threads=3, device="cuda"), gpus=2)
     assert [plan.bundles[1:] for plan in plans] == [({"CPU": 3.0, "GPU": 1.0},)] * 2
-    assert total(plans)["GPU"] == 2
+    assert total(plans, 1)["GPU"] == 2
 
 
 def test_device_auto_takes_gpus_only_where_there_is_one_for_every_rank() -> None:
-    assert total(wanted_workers(config(1, 1), gpus=2)).get("GPU") == 2
-    assert "GPU" not in total(wanted_workers(config(1, 1), gpus=1))
+    assert total(wanted_workers(config(1, 1), gpus=2), 1).get("GPU") == 2
+    assert "GPU" not in total(wanted_workers(config(1, 1), gpus=1), 1)
 
 
 def test_what_the_yaml_names_comes_first() -> None:
