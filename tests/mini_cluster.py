@@ -53,9 +53,10 @@ class MiniWorker:
 
 
 class MiniCluster:
-    """Async context manager; `stub` speaks to the router."""
+    """Async context manager; `stub` speaks to the router at `address`."""
 
     stub: inference_pb2_grpc.InferenceStub
+    address: str
 
     def __init__(self, shape: Shape, directory: Path) -> None:
         self.shape = shape
@@ -78,9 +79,9 @@ class MiniCluster:
             secret=SECRET,
             router_id="router-0",
         )
-        address = await self.router.start()
+        self.address = await self.router.start()
         self._stack.push_async_callback(self.router.stop)
-        channel = grpc.aio.insecure_channel(address)
+        channel = grpc.aio.insecure_channel(self.address)
         self._stack.push_async_callback(channel.close)
         self.stub = inference_pb2_grpc.InferenceStub(channel)
         return self
