@@ -111,12 +111,12 @@ async def measure(endpoint: Endpoint, run_dir: RunDir, shape: Talk) -> Figures:
     """Have everybody talk, and read the counters before and behind."""
     async with Client(endpoint) as client:
         vocab_size = (await client.list_models())[0].vocab_size
-        before = await asyncio.to_thread(_computed, run_dir)
+        before = await asyncio.to_thread(computed_tokens, run_dir)
         audience = Audience(client, shape, vocab_size)
         began = time.monotonic()
         await asyncio.gather(*(audience.talk(number) for number in range(shape.talks)))
         seconds = time.monotonic() - began
-        after = await asyncio.to_thread(_computed, run_dir)
+        after = await asyncio.to_thread(computed_tokens, run_dir)
     computed = {pool: after[pool] - before[pool] for pool in after}
     ttfts, itls = Spread.of(audience.ttfts), Spread.of(audience.itls)
     assert ttfts is not None
@@ -124,7 +124,7 @@ async def measure(endpoint: Endpoint, run_dir: RunDir, shape: Talk) -> Figures:
     return Figures(seconds, audience.prompt_tokens, sum(computed.values()), computed["decode"], ttfts, itls)
 
 
-def _computed(run_dir: RunDir) -> dict[str, int]:
+def computed_tokens(run_dir: RunDir) -> dict[str, int]:
     """Tokens that each pool has computed and that were no step's own."""
     computed = {"prefill": 0, "decode": 0}
     for member in gather(run_dir).members:

@@ -6,20 +6,21 @@ Closed loop: `concurrency` clients, each of which sends its next request when it
 
 A request is DUE, SENT, and ends FINISHED (with its Finished event) or FAILED (with a status's name).
 
-`run_load` is a whole measurement. Where one process cannot carry the load, or must be on time to the millisecond,
-`make_plan` makes an open loop's requests beforehand, and `run_plan` sends them from a moment that processes share.
+`run_load` is a whole measurement; `cluster.load_trace` sends a recorded load instead. Where one process cannot carry
+the load, or must be on time to the millisecond, `make_plan` makes an open loop's requests beforehand, and `run_plan`
+sends them from a moment that processes share.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from cluster.client import BrokenStreamError, Client, ClientError, NoClusterError, StatusError
-from protos.inference_pb2 import Finished, FinishReason, GenerateRequest, Sampling, TokenIds
+from protos.inference_pb2 import Finished, FinishReason, GenerateRequest, Model, Sampling, TokenIds
 
 UNFINISHED = "UNFINISHED"
 """The failure of a request that had not ended when its measurement did."""
@@ -157,12 +158,12 @@ class LoadResult:
 class PromptMaker:
     """Draws requests from a seed: the same seed and profile give the same requests.
 
-    Prompts are token ids from the middle half of the vocabulary, where no tokenizer keeps special tokens.
+    Prompts are of `plain_ids`.
     """
 
     def __init__(self, profile: LoadProfile, vocab_size: int, seed: int) -> None:
         self._profile = profile
-        self._ids = range(vocab_size // 4, max(vocab_size // 4 + 1, vocab_size * 3 // 4))
+        self._ids = plain_ids(vocab_size)
         self._rng = random.Random(seed)
         longest = profile.input_len.mean + profile.input_len.spread
         self._prefixes = [self._draw_ids(longest) for _ in range(profile.num_groups)]
@@ -186,20 +187,34 @@ class PromptMaker:
         return self._rng.choices(self._ids, k=length)
 
 
+def plain_ids(vocab_size: int) -> range:
+    """The middle half of a vocabulary, where no tokenizer keeps special tokens."""
+    return range(vocab_size // 4, max(vocab_size // 4 + 1, vocab_size * 3 // 4))
+
+
+async def served_model(client: Client) -> Model:
+    """The model that is loaded; raises ClientError where the server serves none, or cannot be asked."""
+    models = await client.list_models()
+    if not models:
+        raise ClientError("the server serves no model: look at `pdserve status`")
+    return models[0]
+
+
+async def warm_up(client: Client, prompts: PromptMaker, count: int) -> None:
+    """Send so many requests one after another; raises ClientError where the server refuses one."""
+    for _ in range(count):
+        async with aclosing(client.generate(prompts.next())) as events:
+            async for _event in events:
+                pass
+
+
 async def run_load(client: Client, profile: LoadProfile, on_progress: OnProgress | None = None) -> LoadResult:
     """Warm up, then load the server by the profile; `on_progress` hears of each request that has ended.
 
     Raises ClientError where the server cannot be asked for its model, or refuses the warm-up.
     """
-    models = await client.list_models()
-    if not models:
-        raise ClientError("the server serves no model: look at `pdserve status`")
-    model = models[0]
-    warmup = PromptMaker(profile, model.vocab_size, ~profile.seed)
-    for _ in range(profile.num_warmup):
-        async with aclosing(client.generate(warmup.next())) as events:
-            async for _event in events:
-                pass
+    model = await served_model(client)
+    await warm_up(client, PromptMaker(profile, model.vocab_size, ~profile.seed), profile.num_warmup)
     run, prompts = _Run(client, on_progress), PromptMaker(profile, model.vocab_size, profile.seed)
     if profile.rate is not None:
         await run.follow(Planned(due_s, prompts.next()) for due_s in _arrivals(profile))
@@ -216,13 +231,19 @@ def make_plan(profile: LoadProfile, vocab_size: int) -> list[Planned]:
 
 
 async def run_plan(
-    client: Client, plan: Sequence[Planned], *, model: str = "", begin_at: float | None = None, limit_s: float | None
+    client: Client,
+    plan: Iterable[Planned],
+    *,
+    limit_s: float | None,
+    model: str = "",
+    begin_at: float | None = None,
+    on_progress: OnProgress | None = None,
 ) -> LoadResult:
     """Send requests when they are due, counted from `begin_at` (the clock of `time.monotonic`; default: now).
 
     What has not ended `limit_s` seconds after the beginning fails as UNFINISHED.
     """
-    run = _Run(client, None, begin_at)
+    run = _Run(client, on_progress, begin_at)
     try:
         async with asyncio.timeout_at(None if limit_s is None else run.began + limit_s):
             await run.follow(plan)

@@ -100,6 +100,7 @@ class LoadReport:
     """Due to sent: a large one says that this client, not the server, was late."""
     phases_s: dict[str, float]
     """Mean seconds of each phase of Finished.timing."""
+    prompt_tokens: int
     cached_share: float
     """Share of prompt tokens whose KV was already there."""
     transfer_bytes: int
@@ -146,6 +147,7 @@ def summarise(result: LoadResult, slo: Slo) -> LoadReport:
         itl_s=Spread.of(gap for each in gaps for gap in each),
         e2e_s=Spread.of(record.e2e_s for record in whole),
         send_lag_s=Spread.of(record.sent_s - record.due_s for record in records),
+        prompt_tokens=prompt_tokens,
         cached_share=sum(usage.cached_prompt_tokens for usage in usages) / prompt_tokens if prompt_tokens else 0.0,
         **_timing_figures(whole),
     )

@@ -54,9 +54,10 @@ class MiniWorker:
 
 
 class MiniCluster:
-    """Async context manager; `stub` speaks to the router."""
+    """Async context manager; `stub` speaks to the router at `address`."""
 
     stub: inference_pb2_grpc.InferenceStub
+    address: str
 
     def __init__(self, shape: Shape, directory: Path) -> None:
         self.shape = shape
@@ -91,6 +92,8 @@ class MiniCluster:
             router_id=router_id,
         )
         address = await router.start()
+        if router_id == "router-0":
+            self.address = address
         self._stack.push_async_callback(router.stop)
         channel = grpc.aio.insecure_channel(address)
         self._stack.push_async_callback(channel.close)

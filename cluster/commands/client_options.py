@@ -51,7 +51,7 @@ def endpoint_options(command: Command) -> Command:
             raise click.ClickException(str(error)) from error
         return command(*args, endpoint=endpoint, **rest)
 
-    return _with_options(wrapper, _ENDPOINT_OPTIONS)
+    return with_options(wrapper, _ENDPOINT_OPTIONS)
 
 
 def sampling_options(command: Command) -> Command:
@@ -65,7 +65,7 @@ def sampling_options(command: Command) -> Command:
             set_field(sampling, name, value)
         return command(*args, sampling=sampling, **options)
 
-    return _with_options(wrapper, _SAMPLING_OPTIONS)
+    return with_options(wrapper, _SAMPLING_OPTIONS)
 
 
 def client_errors(command: Command) -> Command:
@@ -93,7 +93,8 @@ def set_field(message: Message, name: str, value: object) -> None:
         raise click.UsageError(f"--{name.replace('_', '-')} is out of range, got {value}") from error
 
 
-def _with_options(command: Command, options: tuple[Command, ...]) -> Command:
+def with_options(command: Command, options: tuple[Command, ...]) -> Command:
+    """Add options, shown in their order by --help."""
     for option in reversed(options):
         command = option(command)
     return command
