@@ -148,7 +148,11 @@ def measure(arguments: argparse.Namespace, directory: Path) -> Report:
             except Exception as error:
                 say(f"transformers could not be measured: {error!r}")
     best = Ceilings.best(ceilings)
-    about |= {"engine_start_s": starts, "seconds": time.perf_counter() - start}
+    about |= {
+        "kv_bytes_per_token": shape.kv_bytes_per_token,
+        "engine_start_s": starts,
+        "seconds": time.perf_counter() - start,
+    }
     return Report(
         about=about,
         ceilings=ceilings,

@@ -274,6 +274,7 @@ class FrontActor:
             **pairs.gauges(front.link.pairs),
             "epoch": front.link.epoch,
             "ready": float(front.state is FrontState.SERVING),
+            "paced": float(front.link.description.paced),
         }
 
     def _on_sigterm(self) -> None:

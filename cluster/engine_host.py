@@ -204,6 +204,7 @@ class HostSession:
             vocab_size=config.vocab_size,
             architecture=config.architecture,
             control_addresses=node.addresses,
+            paced=self._engine.is_paced,
         )
 
     def _start_transfers(self, identity: pb.WorkerIdentity) -> TransferNode | TransferGroup:

@@ -147,6 +147,7 @@ class WorkerFront:
             "state": self.state.value,
             "address": self.address,
             "metrics_address": self._options.metrics_address,
+            "paced": self.link.description.paced,
             "stats": {field.name: getattr(self.link.stats, field.name) for field in pb.WorkerStats.DESCRIPTOR.fields},
         }
 

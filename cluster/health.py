@@ -53,6 +53,8 @@ class Member:
     epoch: int = 0
     address: str = ""
     metrics_address: str = ""
+    paced: bool = False
+    """Whether its steps take the time of other hardware."""
     numbers: Numbers = field(default_factory=dict)
     pairs: list[Pair] = field(default_factory=list)
     """Those over which it sends KV."""
@@ -153,6 +155,7 @@ async def _member(
         epoch=epoch,
         address=record.address,
         metrics_address=record.metrics_address,
+        paced=bool(numbers and numbers.get("paced")),
         numbers=numbers or {},
         pairs=pairs_of(f"{name}/{epoch}", page or []),
     )

@@ -153,6 +153,8 @@ class LoadResult:
     records: list[RequestRecord]
     wall_s: float
     """Begin of the measurement to the end of the last request."""
+    paced: bool = False
+    """Whether the server rehearses other hardware."""
 
 
 class PromptMaker:
@@ -215,13 +217,14 @@ async def run_load(client: Client, profile: LoadProfile, on_progress: OnProgress
     """
     model = await served_model(client)
     await warm_up(client, PromptMaker(profile, model.vocab_size, ~profile.seed), profile.num_warmup)
+    paced = any(each.paced for each in await client.list_models())  # a worker has served, so the router knows them
     run, prompts = _Run(client, on_progress), PromptMaker(profile, model.vocab_size, profile.seed)
     if profile.rate is not None:
         await run.follow(Planned(due_s, prompts.next()) for due_s in _arrivals(profile))
     else:
         await run.closed_loop(profile, prompts)
     run.records.sort(key=lambda record: record.due_s)
-    return LoadResult(model.name, run.records, run.now_s())
+    return LoadResult(model.name, run.records, run.now_s(), paced)
 
 
 def make_plan(profile: LoadProfile, vocab_size: int) -> list[Planned]:

@@ -79,6 +79,8 @@ class LoadReport:
     """One measurement in figures; latencies are of requests that were answered whole."""
 
     model: str
+    paced: bool
+    """Whether workers took the time of other hardware: the figures are a rehearsal, not a measurement."""
     wall_s: float
     num_requests: int
     num_completed: int
@@ -130,6 +132,7 @@ def summarise(result: LoadResult, slo: Slo) -> LoadReport:
     prompt_tokens = sum(usage.prompt_tokens for usage in usages)
     return LoadReport(
         model=result.model,
+        paced=result.paced,
         wall_s=result.wall_s,
         num_requests=len(records),
         num_completed=len(whole),
@@ -183,6 +186,8 @@ def rows(report: LoadReport) -> list[tuple[str, str]]:
         ("prompt tokens/s", f"{report.prompt_tokens_per_s:.1f}"),
         (f"goodput/s ({_slo_text(report.slo)})", f"{report.goodput_per_s:.2f}"),
     ]
+    if report.paced:
+        table.insert(0, ("workers", "paced: a rehearsal, not a measurement"))
     for name, field in _LATENCIES:
         table.append((f"{name} p50 / p90 / p99, ms", _spread_text(getattr(report, field))))
     table += [

@@ -11,7 +11,8 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -243,6 +244,8 @@ def _keys_at(kind: type, path: Location) -> list[str]:
 
 
 def _hints(kind: Any) -> dict[str, Any]:
+    if isinstance(kind, UnionType):  # a section that may be left out: X | None
+        kind = next((each for each in get_args(kind) if is_dataclass(each)), None)
     if not (isinstance(kind, type) and is_dataclass(kind)):
         return {}
     hints = get_type_hints(kind)

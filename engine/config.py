@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from engine.pace import PaceOptions
+
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -80,7 +82,7 @@ class EngineOptions:
     """Attention backend. sdpa: torch's own, anywhere; triton: a split-KV kernel for decoding and torch's flash
     attention for prompts; flash: the same kernel and flash-attn-4 for prompts; auto: the fastest that runs here."""
     overlap: Literal["auto", "on", "off"] = "auto"
-    """Schedule a step while the one before it is still computed; auto: on a GPU."""
+    """Schedule a step while the one before it is still computed; auto: on a GPU, and where steps are paced."""
     cuda_graphs: bool = True
     """Record the steps of common sizes once and replay them; a CPU has none."""
     tensor_parallel: int = 1
@@ -88,6 +90,9 @@ class EngineOptions:
     rank_timeout_s: float = 10.0
     """Longest that one rank of a worker may be silent, in seconds; one that says that it lives may keep the others
     waiting within a step for twice as long (on a CPU). Then all ranks of the worker start again."""
+    pace: PaceOptions | None = None
+    """Rehearsal: each step takes at least as long as on other hardware, by costs given here. Default: steps take their
+    own time."""
 
     def __post_init__(self) -> None:
         for name in ("threads", "max_step_tokens", "max_running", "tensor_parallel"):

@@ -18,8 +18,11 @@ from engine.block_hash import root_hash
 from engine.block_pool import BlockPool
 from engine.config import CacheOptions, EngineOptions, ModelOptions
 from engine.errors import EngineError, InvalidRequestError
+from engine.kv_cache import bytes_per_block
 from engine.loop import EngineLoop, Runner
 from engine.model_source import fingerprint
+from engine.pace import PaceOptions
+from engine.paced_runner import PacedRunner
 from engine.ranks import STEP_TIMEOUT_S, LeadingRunner, RankGroup
 from engine.runner import ModelRunner, choose_device
 from engine.scheduler import Emitted, Scheduler
@@ -73,7 +76,9 @@ class Engine:
             max_model_len=self.max_model_len,
             eos_token_ids=self.runner.config.eos_token_ids,
         )
-        self.loop = EngineLoop(self.scheduler, self._lead())
+        self.is_paced = options.pace is not None
+        """Whether steps take the time of other hardware: what is measured here is a rehearsal."""
+        self.loop = EngineLoop(self.scheduler, self._paced(self._lead(), options.pace))
 
     def start(self) -> None:
         """Start the loop's thread.
@@ -169,6 +174,14 @@ class Engine:
             return self.runner
         on_gpu = self.runner.device.type == "cuda"
         return LeadingRunner(self.runner, self.ranks, step_timeout_s=STEP_TIMEOUT_S if on_gpu else None)
+
+    def _paced(self, runner: Runner, pace: PaceOptions | None) -> Runner:
+        """The same, as slow as the options say."""
+        if pace is None:
+            return runner
+        config = self.runner.config
+        token_bytes = bytes_per_block(config, config.num_kv_heads, 1, self.runner.dtype)
+        return PacedRunner(runner, pace, token_bytes)
 
     def _add_all(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:

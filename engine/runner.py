@@ -98,7 +98,8 @@ class ModelRunner:
         self.max_model_len = choose_max_model_len(model.max_model_len, self.config)
         self.limits = choose_limits(options, self.device)
         self.block_size = cache.block_size or (CPU_BLOCK_SIZE if self.device.type == "cpu" else GPU_BLOCK_SIZE)
-        self.run_ahead = int(options.overlap == "on" or (options.overlap == "auto" and self.device.type == "cuda"))
+        runs_alone = self.device.type == "cuda" or options.pace is not None
+        self.run_ahead = int(options.overlap == "on" or (options.overlap == "auto" and runs_alone))
         self._options = options
         self._row_multiple = row_multiple(self.device, self.dtype)
         self._num_kv_heads = len(parallel.share_kv_heads(self.config.num_kv_heads))

@@ -248,7 +248,7 @@ class AttachRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[AttachHello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
 
 class WorkerDescription(_message.Message):
-    __slots__ = ("identity", "role", "model_name", "layout", "num_blocks", "max_model_len", "max_running", "vocab_size", "architecture", "control_addresses")
+    __slots__ = ("identity", "role", "model_name", "layout", "num_blocks", "max_model_len", "max_running", "vocab_size", "architecture", "control_addresses", "paced")
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
@@ -259,6 +259,7 @@ class WorkerDescription(_message.Message):
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     CONTROL_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    PACED_FIELD_NUMBER: _ClassVar[int]
     identity: WorkerIdentity
     role: str
     model_name: str
@@ -269,7 +270,8 @@ class WorkerDescription(_message.Message):
     vocab_size: int
     architecture: str
     control_addresses: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, identity: _Optional[_Union[WorkerIdentity, _Mapping]] = ..., role: _Optional[str] = ..., model_name: _Optional[str] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_running: _Optional[int] = ..., vocab_size: _Optional[int] = ..., architecture: _Optional[str] = ..., control_addresses: _Optional[_Iterable[str]] = ...) -> None: ...
+    paced: bool
+    def __init__(self, identity: _Optional[_Union[WorkerIdentity, _Mapping]] = ..., role: _Optional[str] = ..., model_name: _Optional[str] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_running: _Optional[int] = ..., vocab_size: _Optional[int] = ..., architecture: _Optional[str] = ..., control_addresses: _Optional[_Iterable[str]] = ..., paced: _Optional[bool] = ...) -> None: ...
 
 class TokenOutput(_message.Message):
     __slots__ = ("request_id", "attempt", "offset", "token_ids", "logprobs", "finish", "reason", "timing", "cached_tokens")

@@ -261,5 +261,6 @@ def _described(info: WorkerInfo) -> dict[str, Any]:
         "state": info.state.value,
         "in_flight": info.num_decoding,
         "num_blocks": info.description.num_blocks,
+        "paced": info.description.paced,
         "stats": stats,
     }

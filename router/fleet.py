@@ -95,6 +95,11 @@ class Fleet:
             return decode
         return None if prefill is None else min(decode, prefill)
 
+    @property
+    def is_paced(self) -> bool:
+        """Whether any worker rehearses other hardware."""
+        return any(info.description.paced for info in self.workers())
+
     async def _follow_store(self) -> None:
         async for _ in self._store.watch():
             try:

@@ -117,6 +117,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             max_model_len=model.max_model_len,
             vocab_size=model.vocab_size,
             architecture=model.architecture,
+            paced=self._desk.fleet.is_paced,
         )
         return inference_pb2.ListModelsResponse(models=[described])
 

@@ -100,6 +100,10 @@ def _summary(config: ClusterConfig, routers: list[str], run_dir: RunDir) -> None
     else:
         pools = f"{config.prefill.workers} prefill, {config.decode.workers} decode worker(s)"
     lines = {"Router": ", ".join(routers), "Pools": pools, "Run directory": str(run_dir.path)}
+    started = [("prefill", config.prefill), ("decode", config.decode)][config.mode == "colocated" :]
+    paced = [name for name, pool in started if pool.pace is not None]
+    if paced:
+        lines["Rehearsal"] = f"{' and '.join(paced)} workers are paced: they take the time of other hardware"
     click.echo("Ready.")
     for name, value in lines.items():
         click.echo(f"  {name:<14} {value}")

@@ -47,7 +47,9 @@ def _show(report: Report) -> None:
         "\n  " + _ROW.format("member", "state", "epoch", "address", "free/blocks", "running", "waiting", "metrics")
     )
     for member in report.members:
-        click.echo(f"  {_row(member)}")
+        click.echo(f"  {_row(member)}{'  paced' if member.paced else ''}")
+    if any(member.paced for member in report.members):
+        click.echo("\n  Paced workers take the time of other hardware: a rehearsal, not a measurement.")
     pairs = [pair for member in report.members for pair in member.pairs]
     if pairs:
         click.echo("\n  " + _PAIR.format("from", "to", "transport", "state", "latency ms", "GB/s", "").rstrip())

@@ -49,6 +49,7 @@ class Double(InferenceServicer):
     cancelled: threading.Event = field(default_factory=threading.Event)
     step_s: float = 0.0
     tokens_per_message: int = 1
+    paced: bool = False
     address: str = ""
 
     async def Generate(self, request, context) -> AsyncIterator[pb.GenerateEvent]:
@@ -102,7 +103,9 @@ class Double(InferenceServicer):
         return pb.CancelResponse(found=any(each.request_id == request.request_id for each in self.requests))
 
     async def ListModels(self, request, context) -> pb.ListModelsResponse:
-        model = pb.Model(name="double", max_model_len=4096, vocab_size=VOCAB_SIZE, architecture="double")
+        model = pb.Model(
+            name="double", max_model_len=4096, vocab_size=VOCAB_SIZE, architecture="double", paced=self.paced
+        )
         return pb.ListModelsResponse(models=[model])
 
     async def Tokenize(self, request, context) -> pb.TokenizeResponse:

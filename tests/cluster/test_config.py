@@ -39,6 +39,20 @@ BAD = [
     ("model: {path: demo}\ndecode: {num_gpus: 1.5}\n", "a fraction of one GPU or a whole number, got 1.5"),
     ("model: {path: demo}\ndecode: {tensor_parallel: 3}\n", "decode.tensor_parallel must be 1, 2, 4 or 8, got 3"),
     ("model: {path: demo}\ndecode: {rank_timeout_s: 0}\n", "rank_timeout_s must be more than 0 and at most 3600"),
+    (
+        "model: {path: demo}\ndecode:\n  pace:\n    fixed_m: 2\n",
+        "c.yaml:4: decode.pace.fixed_m: unknown key; did you mean `fixed_ms`?",
+    ),
+    (
+        "model: {path: demo}\ndecode:\n  pace:\n    fixed_ms: -2\n",
+        "c.yaml:4: decode.pace.fixed_ms must be at least 0 and at most 60000, got -2",
+    ),
+    (
+        "model: {path: demo}\ndecode:\n  pace: {fixed_ms: fast}\n",
+        "c.yaml:3: decode.pace.fixed_ms must be a number, got the text 'fast'",
+    ),
+    ("model: {path: demo}\nprefill:\n  pace: {}\n", "c.yaml:3: prefill.pace: a pace needs at least one of fixed_ms"),
+    ("model: {path: demo}\nprefill:\n  pace: 3\n", "c.yaml:3: prefill.pace must be a section"),
     ("model: {path: demo}\nmode: both\n", "c.yaml:2: mode must be one of 'split' or 'colocated', got the text 'both'"),
     ("model: {path: demo}\ncache: {block_size: 17}\n", "cache.block_size must be 8, 16, 32, 64 or 128, got 17"),
     ("model: {path: demo}\nrouter: {port: 70000}\n", "router.port must be between 0 and 65535, got 70000"),
@@ -112,7 +126,8 @@ def test_a_date_stays_text(tmp_path: Path) -> None:
 
 
 def test_plain_data_round_trip(tmp_path: Path) -> None:
-    config = load_config(write(tmp_path, "model: {path: demo}\ndecode: {workers: 2, resources: {nic: 1}}\n"))
+    text = "model: {path: demo}\ndecode: {workers: 2, resources: {nic: 1}, pace: {fixed_ms: 2, kv_gb_per_s: 3}}\n"
+    config = load_config(write(tmp_path, text))
     plain = json.loads(json.dumps(to_plain(config)))
     assert from_plain(plain) == config
 
@@ -125,6 +140,7 @@ def test_schema_describes_every_key_and_forbids_others() -> None:
     assert len(keys) > 60
     assert not [name for name, key in keys if not key.get("description")]
     assert schema["required"] == ["model"]
+    assert "PaceOptions" in schema["$defs"]
 
 
 def test_the_examples_are_valid() -> None:

@@ -102,6 +102,12 @@ def test_closed_loop_keeps_its_concurrency():
     assert max(in_flight) == 4
 
 
+@pytest.mark.parametrize("paced", [False, True])
+def test_a_server_of_paced_workers_is_told(paced):
+    with serve(Double(paced=paced)) as double:
+        assert load(double, concurrency=1, num_requests=1).paced is paced
+
+
 def test_closed_loop_for_a_duration():
     with serve(Double(step_s=0.01)) as double:
         began = time.monotonic()

@@ -114,6 +114,13 @@ def test_without_a_transfer_no_share_is_claimed():
     assert "transfer hidden behind prefill" not in dict(rows(figures))
 
 
+@pytest.mark.parametrize("paced", [False, True])
+def test_figures_of_paced_workers_say_so(paced):
+    figures = summarise(LoadResult("model", [record()], 2.0, paced), Slo())
+    assert figures.as_json()["paced"] is paced
+    assert dict(rows(figures)).get("workers") == ("paced: a rehearsal, not a measurement" if paced else None)
+
+
 def test_a_report_of_nothing():
     figures = report(record(failure="UNAVAILABLE"))
     assert dict(rows(figures))["TTFT p50 / p90 / p99, ms"] == "–"
