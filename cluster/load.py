@@ -217,7 +217,7 @@ async def run_load(client: Client, profile: LoadProfile, on_progress: OnProgress
     """
     model = await served_model(client)
     await warm_up(client, PromptMaker(profile, model.vocab_size, ~profile.seed), profile.num_warmup)
-    paced = any(each.paced for each in await client.list_models())  # a worker has served, so the router knows them
+    paced = await is_paced(client)
     run, prompts = _Run(client, on_progress), PromptMaker(profile, model.vocab_size, profile.seed)
     if profile.rate is not None:
         await run.follow(Planned(due_s, prompts.next()) for due_s in _arrivals(profile))
@@ -225,6 +225,11 @@ async def run_load(client: Client, profile: LoadProfile, on_progress: OnProgress
         await run.closed_loop(profile, prompts)
     run.records.sort(key=lambda record: record.due_s)
     return LoadResult(model.name, run.records, run.now_s(), paced)
+
+
+async def is_paced(client: Client) -> bool:
+    """Whether workers take other hardware's time; asked once one has served, so that the router knows them."""
+    return any(each.paced for each in await client.list_models())
 
 
 def make_plan(profile: LoadProfile, vocab_size: int) -> list[Planned]:

@@ -17,7 +17,7 @@ import itertools
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from cluster.load import (
     OnProgress,
     Planned,
     PromptMaker,
+    is_paced,
     plain_ids,
     run_plan,
     served_model,
@@ -294,7 +295,7 @@ async def run_trace(
     plain = LoadProfile(concurrency=1, num_requests=1, num_warmup=profile.num_warmup)
     await warm_up(client, PromptMaker(plain, model.vocab_size, ~profile.seed), profile.num_warmup)
     result = await run_plan(client, replay.plan(), model=model.name, limit_s=None, on_progress=on_progress)
-    return result, replay.figures
+    return replace(result, paced=await is_paced(client)), replay.figures
 
 
 def trace_rows(figures: TraceFigures, profile: TraceProfile) -> list[tuple[str, str]]:
