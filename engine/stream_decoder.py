@@ -10,21 +10,18 @@ Aho and Corasick (CACM 18(6), 1975), so its work per character does not grow wit
 from __future__ import annotations
 
 import codecs
-import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from engine.errors import InvalidRequestError
-from engine.gguf_tokenizer import byte_alphabet
+from engine.token_pieces import NOTHING, Piece
 from engine.tokenizer import Spelling, Tokenizer
 
 MAX_STOPS = 32
 MAX_STOP_CHARS = 256
 TAIL_TOKENS = 16
-
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class StreamDecoder:
@@ -36,34 +33,29 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int] = ()) -> None:
         """`prompt_token_ids`: the prompt or its tail; without it the answer is decoded as a text of its own."""
-        self._tokenizer = tokenizer
+        self._pieces = pieces = tokenizer.pieces
         self._text = _text_of(tokenizer.spelling)
-        tail = self._visible(prompt_token_ids[-TAIL_TOKENS:])
-        if tail:
+        tail = [pieces[token_id] for token_id in prompt_token_ids[-TAIL_TOKENS:]]
+        if any(piece is not NOTHING for piece in tail):
             self._text.follow(tail)
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens complete."""
-        return self._text.push(self._visible(token_ids))
+        pieces = self._pieces
+        return self._text.push([pieces[token_id] for token_id in token_ids])
 
     def flush(self) -> str:
         """What is left at the end: a replacement character for each piece of an unfinished character."""
         return self._text.flush()
 
-    def _visible(self, token_ids: Sequence[int]) -> list[str]:
-        """The tokens that stand for text: neither special nor outside the vocabulary."""
-        special = self._tokenizer.special_token_ids
-        spelled = (self._tokenizer.backend.id_to_token(i) for i in token_ids if i not in special)
-        return [token for token in spelled if token is not None]
-
 
 class _Text(Protocol):
-    """Collects spelled tokens and gives out text."""
+    """Collects what tokens stand for and gives out text."""
 
-    def follow(self, tokens: Sequence[str]) -> None:
+    def follow(self, pieces: Sequence[Piece]) -> None:
         """Start behind these tokens, whose text has been seen."""
 
-    def push(self, tokens: Sequence[str]) -> str:
+    def push(self, pieces: Sequence[Piece]) -> str:
         """The text these tokens complete."""
 
     def flush(self) -> str:
@@ -81,52 +73,48 @@ def _text_of(spelling: Spelling) -> _Text:
 
 
 class _ByteLevel:
-    """Each character of a token stands for one byte; the bytes are UTF-8."""
+    """Tokens are bytes; the bytes are UTF-8."""
 
     def __init__(self) -> None:
-        self._bytes_of = _BYTES_OF
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._is_whole = True
+        """Whether no character is unfinished: then most tokens read as they do alone."""
 
-    def follow(self, tokens: Sequence[str]) -> None:
-        self.push(tokens)
+    def follow(self, pieces: Sequence[Piece]) -> None:
+        self.push(pieces)
 
-    def push(self, tokens: Sequence[str]) -> str:
-        return self._utf8.decode(b"".join(map(self._spelled, tokens)))
+    def push(self, pieces: Sequence[Piece]) -> str:
+        if self._is_whole and len(pieces) == 1 and (text := pieces[0].text) is not None:
+            return text
+        text = self._utf8.decode(b"".join([piece.data for piece in pieces]))
+        self._is_whole = not self._utf8.getstate()[0]
+        return text
 
     def flush(self) -> str:
+        self._is_whole = True
         return self._utf8.decode(b"", final=True)
-
-    def _spelled(self, token: str) -> bytes:
-        try:
-            return bytes([self._bytes_of[character] for character in token])
-        except KeyError:  # an added token, written as it is
-            return token.encode()
-
-
-_BYTES_OF = {character: byte for byte, character in byte_alphabet().items()}
 
 
 class _SentencePiece:
-    """A token is text with ▁ for a space, or one byte. A run of byte tokens is decoded when it ends."""
+    """A token is text, or one byte. A run of byte tokens is decoded when it ends."""
 
     def __init__(self, *, strip: bool) -> None:
         self._strip = strip
         self._run = bytearray()
 
-    def follow(self, tokens: Sequence[str]) -> None:
-        self.push(tokens)
+    def follow(self, pieces: Sequence[Piece]) -> None:
+        self.push(pieces)
         self._strip = False
         self._run = self._run[_complete_bytes(self._run) :]
 
-    def push(self, tokens: Sequence[str]) -> str:
-        pieces = []
-        for token in tokens:
-            byte = _BYTE_TOKEN.fullmatch(token)
-            if byte is not None:
-                self._run.append(int(byte[1], 16))
-                continue
-            pieces += [self._end_run(), token.replace("▁", " ")]
-        return self._without_first_space("".join(pieces))
+    def push(self, pieces: Sequence[Piece]) -> str:
+        texts = []
+        for piece in pieces:
+            if piece.text is None:
+                self._run += piece.data
+            elif piece is not NOTHING:
+                texts += [self._end_run(), piece.text]
+        return self._without_first_space("".join(texts))
 
     def flush(self) -> str:
         return self._without_first_space(self._end_run())

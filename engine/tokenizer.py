@@ -21,6 +21,7 @@ from engine.gguf_file import GgufFile
 from engine.gguf_tokenizer import build_tokenizer, set_sentence_piece_rules
 from engine.model_source import ModelKind, ModelSource
 from engine.models.config import gguf_eos_token_ids, hugging_face_special_ids, read_json
+from engine.token_pieces import Pieces
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
@@ -39,7 +40,7 @@ class Spelling(enum.Enum):
 
 
 class Tokenizer:
-    """A model's tokenizer; immutable once made, and safe to share between threads."""
+    """A model's tokenizer; what it does never changes, and threads may share it."""
 
     def __init__(
         self,
@@ -59,6 +60,8 @@ class Tokenizer:
         self.special_token_ids = frozenset(
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         )
+        self.pieces = Pieces(backend, self.special_token_ids, byte_level=self.spelling is Spelling.BYTE_LEVEL)
+        """What each token stands for; fills as tokens are met."""
 
     @classmethod
     def load(cls, source: ModelSource) -> Tokenizer:

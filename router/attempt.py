@@ -80,6 +80,8 @@ class Attempt:
         """Tokens to compute before the first new one."""
         self._resumed = bool(job.emitted)
         self._inbox = Inbox(job.request_id, self.number, context.max_stream_buffer, context.on_overflow)
+        self._decodes = False
+        """The decode worker has said something."""
         self._held: deque[worker_pb2.TokenOutput] = deque()
         self._failure: Exception | None = None
         self._first: worker_pb2.TokenOutput | None = None
@@ -203,13 +205,19 @@ class Attempt:
     def _absorb(self, event: Event) -> None:
         if isinstance(event, worker_pb2.TokenOutput):
             self._held.append(event)
-            self._sending.close()  # it decodes: the KV is home, and the decode worker alone can fail this attempt
-            if self._prefill is None:
-                self._prefill_load.close()
+            if not self._decodes:
+                self._begins_to_decode()
         elif isinstance(event, worker_pb2.PrefillReply):
             self._first_token(event)
         elif self._failure is None:
             self._failure = event
+
+    def _begins_to_decode(self) -> None:
+        """The KV is home, and the decode worker alone can fail this attempt."""
+        self._decodes = True
+        self._sending.close()
+        if self._prefill is None:
+            self._prefill_load.close()
 
     def _first_token(self, reply: worker_pb2.PrefillReply) -> None:
         self.state = AttemptState.DECODING
@@ -223,37 +231,48 @@ class Attempt:
 
     def _next_chunk(self) -> Chunk | None:
         """All held tokens that follow without a gap on those the client has."""
-        job, before = self._job, len(self._job.emitted)
+        held, emitted = self._held, self._job.emitted
+        before = num_known = len(emitted)
+        new: list[int] = []
         logprobs: list[inference_pb2.PositionLogprobs] = []
         finish = worker_pb2.ENGINE_FINISH_NONE
-        while self._held and self.state is not AttemptState.PREFILLING and not finish:
-            output = self._held.popleft()
-            known = len(job.emitted) - output.offset
-            if known < 0:
-                self._fail(f"tokens {len(job.emitted)} to {output.offset - 1} never came")
-                break
-            job.emitted.extend(output.token_ids[known:])
-            logprobs.extend(output.logprobs[known:])
+        while held and not finish and self.state is not AttemptState.PREFILLING:
+            output = held.popleft()
+            if num_repeated := num_known - output.offset:
+                if num_repeated < 0:
+                    self._fail(f"tokens {num_known} to {output.offset - 1} never came")
+                    break
+                new += output.token_ids[num_repeated:]
+            else:
+                new += output.token_ids
+            if output.logprobs:
+                logprobs.extend(output.logprobs[num_repeated:])
+            num_known = before + len(new)
             self._note(output)
             finish = output.finish
+        emitted += new
+        if finish:
+            finish = self._ended(output, finish)
+        return Chunk(before, new, logprobs, finish) if new or finish else None
+
+    def _ended(self, output: worker_pb2.TokenOutput, finish: worker_pb2.EngineFinish) -> worker_pb2.EngineFinish:
+        """The same, or none if the worker gave up or has another owner for it."""
         if finish == worker_pb2.ENGINE_FINISH_MOVED:
             self.state = AttemptState.DONE
             self._failure = RequestMovedError("another router goes on with this request")
-            finish = worker_pb2.ENGINE_FINISH_NONE
-        elif finish in _LOST:
+            return worker_pb2.ENGINE_FINISH_NONE
+        if finish in _LOST:
             self._fail(f"worker {self._decode.info.label} gave up: {output.reason}")
-            finish = worker_pb2.ENGINE_FINISH_NONE
-        elif finish and output is not self._first:
+            return worker_pb2.ENGINE_FINISH_NONE
+        if output is not self._first:
             self.state = AttemptState.DONE
-        if len(job.emitted) == before and not finish:
-            return None
-        return Chunk(before, job.emitted[before:], logprobs, finish)
+        return finish
 
     def _note(self, output: worker_pb2.TokenOutput) -> None:
         if output.HasField("timing"):
             self._job.timeline.decoded(output.timing)
-        if not self._resumed:
-            self._job.num_cached = max(self._job.num_cached, output.cached_tokens)
+        if output.cached_tokens > self._job.num_cached and not self._resumed:
+            self._job.num_cached = output.cached_tokens
 
     def _fail(self, why: str) -> None:
         if self._failure is None:

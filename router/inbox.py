@@ -38,17 +38,15 @@ class Inbox:
     def put(self, event: Event) -> None:
         """Anything else: the prefill's reply, or the error that ends the attempt."""
         self._events.append(event)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
     async def take(self) -> list[Event]:
         """All events since the last call; waits for one if there is none (the scope's deadline bounds that)."""
         if not self._events:
             self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+            await self._waiter
         events, self._events = self._events, []
         self._num_tokens = 0
         return events

@@ -43,9 +43,9 @@ class OutputStream:
             reason = inference_pb2.FINISH_REASON_STOP if stop_string else _REASONS[chunk.finish]
             ending = Ending(reason, stop_string or "")
         self.num_tokens += len(ids)
-        message = inference_pb2.Tokens(
-            offset=chunk.offset, token_ids=ids, text=text, logprobs=chunk.logprobs[: len(ids)]
-        )
+        message = inference_pb2.Tokens(offset=chunk.offset, token_ids=ids, text=text)
+        if chunk.logprobs:
+            message.logprobs.extend(chunk.logprobs[: len(ids)])
         return message, ending
 
     def _text(self, ids: list[int]) -> tuple[str, list[int], str | None]:

@@ -11,9 +11,8 @@ the task itself; that CancelledError passes through untouched.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import enum
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import TracebackType
 
 
@@ -32,7 +31,7 @@ class Scope:
         self.state = ScopeState.CLOSED
         self.write_cut = False
         """A write was cut: only a status can end the stream now."""
-        self._writing = False
+        self._writing = _Writing(self)
         self._thrown = False
         self._error: BaseException | None = None
         self._timers: list[asyncio.TimerHandle] = []
@@ -63,7 +62,7 @@ class Scope:
             return False
         self.state = ScopeState.INTERRUPTED
         self._error = error
-        if not self._writing:
+        if not self._writing.under_way:
             self._throw()
         else:
             self._timers.append(self._loop.call_later(patience_s, self._cut_write))
@@ -79,23 +78,39 @@ class Scope:
         for timer in self._timers:
             timer.cancel()
 
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
+    def writing(self) -> _Writing:
         """Marks a write: an interrupt waits for its end, then is raised here."""
-        self._writing = True
-        try:
-            yield
-        finally:
-            self._writing = False
+        return self._writing
+
+    def raise_if_interrupted(self) -> None:
+        """The error that waited for the end of a write, unless it was thrown into it."""
         if self.state is ScopeState.INTERRUPTED and not self._thrown:
             assert self._error is not None
             raise self._error
 
     def _cut_write(self) -> None:
-        if self._writing and not self._thrown:
+        if self._writing.under_way and not self._thrown:
             self.write_cut = True
             self._throw()
 
     def _throw(self) -> None:
         self._thrown = True
         self._task.cancel()
+
+
+class _Writing:
+    """A scope's mark of its writes, one after the other; a class of its own because every token passes it."""
+
+    __slots__ = ("_scope", "under_way")
+
+    def __init__(self, scope: Scope) -> None:
+        self._scope = scope
+        self.under_way = False
+
+    def __enter__(self) -> None:
+        self.under_way = True
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        self.under_way = False
+        if kind is None:
+            self._scope.raise_if_interrupted()

@@ -212,8 +212,10 @@ class Session:
         if chunk.offset:
             self._desk.stats.itl_s.observe(since_s)
         message, ending = self._output.push(chunk)
-        await self._write(inference_pb2.GenerateEvent(tokens=message))
-        self._timeline.mark(Moment.FIRST_SENT)
+        with self._scope.writing():
+            await self._context.write(inference_pb2.GenerateEvent(tokens=message))
+        if not chunk.offset:
+            self._timeline.mark(Moment.FIRST_SENT)
         return ending
 
     async def _write(self, event: inference_pb2.GenerateEvent) -> None:

@@ -25,6 +25,9 @@ class Moment(enum.Enum):
     """The latest token so far."""
     ENDED = "ended"
 
+    __hash__ = object.__hash__
+    """There is one object of each; every token looks some of them up."""
+
 
 class Timeline:
     """Seconds of a monotonic clock at each moment, and what the workers said of their share."""
@@ -41,13 +44,14 @@ class Timeline:
 
     def tokens(self, num_before: int, num_new: int) -> float:
         """Note the arrival of tokens; gives the seconds since the tokens before them (0 for the first)."""
-        now = time.monotonic()
-        since = now - self._at.get(Moment.LAST_TOKEN, now)
-        if num_before == 0:
-            self._at.setdefault(Moment.FIRST_TOKEN, now)
-        if num_before + num_new >= 2:
-            self._at.setdefault(Moment.SECOND_TOKEN, now)
-        self._at[Moment.LAST_TOKEN] = now
+        now, at = time.monotonic(), self._at
+        since = now - at.get(Moment.LAST_TOKEN, now)
+        if num_before < 2:
+            if num_before == 0:
+                at.setdefault(Moment.FIRST_TOKEN, now)
+            if num_before + num_new >= 2:
+                at.setdefault(Moment.SECOND_TOKEN, now)
+        at[Moment.LAST_TOKEN] = now
         return since
 
     def prefilled(self, prefill_s: float) -> None:
