@@ -68,6 +68,7 @@ ROUTER_COUNTERS = (
     "local_prompt_tokens",
     "generated_tokens",
     "failed_attempts",
+    "refused",
 )
 
 
@@ -294,7 +295,7 @@ class RouterActor:
             "router",
             self._metric_values,
             counters=ROUTER_COUNTERS,
-            key_labels={"outcomes": "outcome", "workers": "state"},
+            key_labels={"outcomes": "outcome", "refused": "reason", "workers": "state"},
         )
         observability = config.observability
         self._metrics = metrics.serve([collector], host=observability.metrics_host, port=observability.metrics_port)

@@ -23,6 +23,7 @@ from router.info import WorkerLife, WorkerState
 from router.job import Ending, Job
 from router.policies import Demand, Route
 from router.scope import Scope
+from router.timeline import Moment
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,14 @@ class Dispatcher:
         """Serve a job to its end; RouterError if that is not to be. The scope ends every wait in here."""
         full: frozenset[WorkerLife] = frozenset()
         arrived = asyncio.get_running_loop().time()
-        with self._line.arrive(job.priority) as place:
+        claim = self._line.claim(
+            priority=job.priority,
+            tenant=job.tenant,
+            num_prompt_tokens=len(job.prompt_token_ids),
+            max_tokens=job.params.max_tokens,
+            deadline=job.deadline,
+        )
+        with self._line.arrive(claim) as place:
             while True:
                 job.awaited = "a place in the line"
                 await place.turn(may_refuse=not job.emitted)
@@ -58,7 +66,7 @@ class Dispatcher:
                     continue
                 attempt = self._attempt(job, route, scope)
                 try:
-                    return await self._try(attempt, route, place, emit)
+                    return await self._try(job, attempt, route, place, emit)
                 except WorkerFullError as error:
                     full |= {error.worker} if error.worker is not None else attempt.took_part()
                 except AttemptFailedError as error:
@@ -66,7 +74,7 @@ class Dispatcher:
                 finally:
                     attempt.close("the request ended at the router")
 
-    async def _try(self, attempt: Attempt, route: Route, place: Place, emit: Emit) -> Ending:
+    async def _try(self, job: Job, attempt: Attempt, route: Route, place: Place, emit: Emit) -> Ending:
         self._chooser.took(route, attempt.num_tokens, asyncio.get_running_loop().time())
         try:
             await attempt.reserve()
@@ -76,6 +84,7 @@ class Dispatcher:
         place.admitted()
         self.local_prompt_tokens += route.local_tokens
         ending = await attempt.follow(emit)
+        self._line.served(len(job.emitted), job.timeline.between(Moment.RESERVED, Moment.FIRST_SENT))
         self._line.news()
         return ending
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from protos import inference_pb2, worker_pb2
 from router.retry import Attempts
+from router.tenants import DEFAULT_TENANT
 from router.timeline import Timeline
 
 
@@ -22,6 +23,8 @@ class Job:
     """Time of the event loop's clock at which the request ends."""
     timeline: Timeline
     attempts: Attempts
+    tenant: str = DEFAULT_TENANT
+    """On whose behalf it came."""
     emitted: list[int] = field(default_factory=list)
     """Tokens handed to the client so far; a new attempt goes on after them."""
     num_cached: int = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc
 
@@ -26,13 +26,16 @@ from router.errors import (
     SlowClientError,
     UnavailableError,
 )
+from router.fair_queue import Claim
 from router.fleet import Fleet
 from router.job import Chunk, Ending, Job
 from router.model import ServedModel
 from router.output import OutputStream
+from router.refusals import RefusalLog
 from router.retry import Attempts
 from router.scope import Scope
 from router.stats import RouterStats
+from router.tenants import DEFAULT_TENANT, Tenants
 from router.timeline import Moment, Timeline
 from router.wakeup import Signal
 
@@ -61,17 +64,20 @@ class Desk:
     ended: Signal
     """A session ended."""
     split: bool
+    tenants: Tenants
+    refusals: RefusalLog = field(default_factory=lambda: RefusalLog(logger))
     draining: bool = False
 
-    def check_open(self) -> None:
-        """Refuse new requests while draining or while too many wait."""
+    def check_open(self, request: inference_pb2.GenerateRequest, tenant: str, limit_s: float) -> None:
+        """Refuse new requests while draining, and those that are not to be served in time."""
         if self.draining:
             raise UnavailableError(
                 "this router is about to stop and takes nothing new; ask another one",
                 retry_after_s=self.config.retry_after_s,
             )
         if len(self.line):
-            self.line.check_open()
+            deadline = asyncio.get_running_loop().time() + limit_s
+            self.line.check_open(Claim(priority=request.priority, tenant=tenant, deadline=deadline))
 
 
 class Session:
@@ -87,10 +93,14 @@ class Session:
         self._scope = Scope()
         self._output: OutputStream | None = None
         self._job: Job | None = None
+        self._tenant = DEFAULT_TENANT
 
     async def serve(self) -> str:
         """Serve the call; gives its outcome. RouterError where a status is to end it."""
-        self._desk.check_open()
+        desk, request = self._desk, self._request
+        self._tenant = desk.tenants.of(self._context.invocation_metadata())
+        limit_s = validation.deadline_s(request, desk.config, self._context.time_remaining())
+        desk.check_open(request, self._tenant, limit_s)
         request_id = validation.request_id(self._request.request_id)
         if request_id in self._desk.running:
             raise DuplicateRequestError(f"a request with the id {request_id!r} is running")
@@ -98,7 +108,7 @@ class Session:
         self._desk.running[request_id] = self._scope
         try:
             async with self._scope:
-                ending = await self._run(request_id)
+                ending = await self._run(request_id, limit_s)
         except RequestCancelledError:
             if self._job is None or self._scope.write_cut:
                 raise
@@ -109,11 +119,10 @@ class Session:
             self._desk.ended.notify()
         return inference_pb2.FinishReason.Name(ending.reason).removeprefix("FINISH_REASON_").lower()
 
-    async def _run(self, request_id: str) -> Ending:
+    async def _run(self, request_id: str, limit_s: float) -> Ending:
         # 1. Everything that can be refused without work, then the prompt, then what depends on its length.
         desk, request = self._desk, self._request
         desk.model.check_name(request.model)
-        limit_s = validation.deadline_s(request, desk.config, self._context.time_remaining())
         deadline = asyncio.get_running_loop().time() + limit_s
         self._scope.interrupt_at(deadline, lambda: self._too_late(limit_s), WRITE_PATIENCE_S)
         kind = validation.prompt_kind(request)
@@ -131,6 +140,7 @@ class Session:
             deadline=deadline,
             timeline=self._timeline,
             attempts=Attempts(desk.config.max_attempts, desk.config.retry_after_s),
+            tenant=self._tenant,
         )
         self._timeline.mark(Moment.ACCEPTED)
         accepted = inference_pb2.Accepted(
@@ -192,7 +202,7 @@ class Session:
         self._desk.stats.ended(outcome)
         stats, timeline, job, output = self._desk.stats, self._timeline, self._job, self._output
         if job is None or output is None:
-            logger.info("request refused", extra={"request_id": self.request_id, "outcome": outcome, "error": error})
+            self._desk.refusals.note(outcome, self.request_id, error)
             return
         stats.prompt_tokens += len(job.prompt_token_ids)
         stats.cached_prompt_tokens += job.num_cached
