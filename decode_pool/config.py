@@ -10,9 +10,15 @@ class DecodeOptions:
     """How freely a decode worker promises its KV blocks."""
 
     predicted_answer_tokens: int = 256
-    """Tokens an answer is expected to grow to when its max_tokens is larger: blocks for them are
-    kept in hand on admission. Where the guess is too low, the youngest sequence is preempted."""
+    """Tokens an answer is expected to grow to when its max_tokens is larger, until a worker has seen enough answers
+    to go by those: blocks for them are kept in hand on admission. Where the guess is too low, the youngest sequence
+    is preempted."""
+    answer_margin: float = 1.2
+    """What answers are expected to grow by is kept in hand so many times: more, and fewer sequences are preempted;
+    less, and more run at a time; 0 keeps nothing in hand."""
 
     def __post_init__(self) -> None:
         if self.predicted_answer_tokens < 0:
             raise ValueError(f"predicted_answer_tokens must not be negative, got {self.predicted_answer_tokens}")
+        if not 0 <= self.answer_margin <= 100:
+            raise ValueError(f"answer_margin must be between 0 and 100, got {self.answer_margin}")
