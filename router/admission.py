@@ -28,7 +28,7 @@ from router.config import RouterConfig
 from router.errors import OverloadedError
 from router.fair_queue import Claim, FairQueue
 from router.tenant_config import TenantConfig
-from router.wait_forecast import AdmissionRate, Outlook, TooLong, Usual, expected_wait_s, retry_s
+from router.wait_forecast import AdmissionRate, Outlook, TooLong, Usual, retry_s
 
 EARMARK_AFTER = 3
 """Tries without success after which the head stays the head of its class."""
@@ -109,7 +109,7 @@ class Line:
             num, limit, whose = self._queue.num_of(tenant), own_limit, f" of tenant {tenant}"
         if num < limit:
             return
-        wait_s = expected_wait_s(self._queue.num_tokens(), self._rate.per_s(self.clock()))
+        wait_s = self._rate.wait_s(self._queue.num_tokens(), self.clock())
         after_s = self._retry_s(None if wait_s is None else wait_s * 0.5)
         expected = "" if wait_s is None else f", which takes about {wait_s:.1f} s"
         raise self._refusal(
@@ -171,7 +171,7 @@ class Line:
         return self._config.tenants.get(name, _NO_TENANT)
 
     def _outlook(self, tokens_ahead: float, now: float) -> Outlook:
-        return Outlook(expected_wait_s(tokens_ahead, self._rate.per_s(now)), self._first_token_s.value)
+        return Outlook(self._rate.wait_s(tokens_ahead, now), self._first_token_s.value)
 
     def _look(self) -> None:
         """Refuse those that cannot be served in time; now and then, and the most urgent ones first."""
@@ -179,7 +179,7 @@ class Line:
         if now < self._look_at:
             return
         self._look_at = now + LOOK_EVERY_S
-        wait_s = expected_wait_s(self._queue.num_tokens(), self._rate.per_s(now))
+        wait_s = self._rate.wait_s(self._queue.num_tokens(), now)
         if wait_s is None:
             return
         urgent = [place for place in self._queue if place.may_refuse and place.claim.admit_by < now + DOUBT * wait_s]

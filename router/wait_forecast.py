@@ -1,6 +1,8 @@
 """How long a request would wait, whether that is too long, and when to come back. Pure arithmetic over what was seen.
 
 expected wait = tokens that go before it / tokens a second that were admitted of late, while somebody waited
+
+What is little known is taken for better than it looks, so that nobody is sent away for a slow start.
 """
 
 from __future__ import annotations
@@ -11,8 +13,12 @@ from dataclasses import dataclass
 
 MEMORY_S = 10.0
 """Seconds of waiting after which an admission counts 1/e."""
-MIN_SEEN_S = 0.2
+MIN_SEEN_S = 1.0
 """Seconds of waiting before which no rate is known."""
+MIN_ADMISSIONS = 3.0
+"""Admissions of late before which no rate is known."""
+MAX_AHEAD = 20.0
+"""Nothing is said of what lies further ahead than so many times the time that was watched."""
 MAX_RETRY_S = 60.0
 """Nobody is told to stay away longer."""
 JITTER = 0.25
@@ -24,7 +30,10 @@ class AdmissionRate:
 
     def __init__(self) -> None:
         self._tokens = 0.0
+        self._num = 0.0
         self._waited_s = 0.0
+        self._seen_s = 0.0
+        """Of waiting, ever."""
         self._at: float | None = None
         """Up to when it is counted, while somebody waits."""
 
@@ -37,18 +46,27 @@ class AdmissionRate:
         """One that waited has its place."""
         self._count(now)
         self._tokens += num_tokens
+        self._num += 1
 
     def per_s(self, now: float) -> float | None:
-        """The rate; None while it is not known."""
+        """The rate, larger by the standard error of so many admissions; None while it is not known."""
         self._count(now)
-        return self._tokens / self._waited_s if self._waited_s >= MIN_SEEN_S and self._tokens else None
+        if self._seen_s < MIN_SEEN_S or self._num < MIN_ADMISSIONS:
+            return None
+        return self._tokens / self._waited_s * (1 + 1 / math.sqrt(self._num))
+
+    def wait_s(self, tokens_ahead: float, now: float) -> float | None:
+        """How long it is until so many tokens have got their places; None while that is not known."""
+        return expected_wait_s(tokens_ahead, self.per_s(now), self._seen_s)
 
     def _count(self, now: float) -> None:
         if self._at is not None:
             passed_s = max(0.0, now - self._at)
             kept = math.exp(-passed_s / MEMORY_S)
             self._tokens *= kept
+            self._num *= kept
             self._waited_s = self._waited_s * kept + MEMORY_S * (1 - kept)
+            self._seen_s += passed_s
             self._at = now
 
 
@@ -81,9 +99,9 @@ class Outlook:
         return TooLong.TTFT_SLO if slo_s is not None and wait_s + self.first_token_s > slo_s else None
 
 
-def expected_wait_s(tokens_ahead: float, tokens_per_s: float | None) -> float | None:
-    """Until so many tokens have got their places; None while the rate is not known."""
-    return tokens_ahead / tokens_per_s if tokens_per_s else None
+def expected_wait_s(tokens_ahead: float, tokens_per_s: float | None, seen_s: float) -> float | None:
+    """Until so many tokens have got their places, by a rate that was watched for so long; None: it is not known."""
+    return min(tokens_ahead / tokens_per_s, MAX_AHEAD * seen_s) if tokens_per_s else None
 
 
 def retry_s(drained_in_s: float | None, least_s: float, chance: float) -> float:
