@@ -69,6 +69,7 @@ ROUTER_COUNTERS = (
     "local_prompt_tokens",
     "generated_tokens",
     "failed_attempts",
+    "refused",
 )
 
 
@@ -296,7 +297,7 @@ class RouterActor:
             "router",
             self._metric_values,
             counters=ROUTER_COUNTERS,
-            key_labels={"outcomes": "outcome", "workers": "state"},
+            key_labels={"outcomes": "outcome", "refused": "reason", "workers": "state"},
         )
         observability = config.observability
         port = port_of(observability.metrics_port, spec.router_id)

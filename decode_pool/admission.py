@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from engine.errors import CapacityError
@@ -19,7 +20,10 @@ class Room:
     num_admitted: int
     """Sequences admitted and not yet ended."""
     max_admitted: int
-    predicted_answer_tokens: int
+    expected_answer: Callable[[int, int], float]
+    """What an answer of so many tokens is expected to have in the end, if it may have so many."""
+    answer_margin: float = 1.0
+    """So many times the growth that is expected is kept in hand."""
 
 
 def check_room(room: Room, candidate: Sequence, num_new_blocks: int, admitted: Iterable[Sequence]) -> None:
@@ -32,7 +36,7 @@ def check_room(room: Room, candidate: Sequence, num_new_blocks: int, admitted: I
         raise CapacityError(f"{room.num_admitted} requests are running here, the limit is {room.max_admitted}")
     if room.num_admitted == 0 and num_new_blocks <= room.free_blocks:
         return
-    growth = sum(growth_blocks(room, sequence, len(sequence.block_ids)) for sequence in admitted)
+    growth = promised_blocks(room, admitted)
     needed = num_new_blocks + growth_blocks(room, candidate, len(candidate.block_ids) + num_new_blocks)
     if needed > room.free_blocks - growth:
         raise CapacityError(
@@ -40,9 +44,14 @@ def check_room(room: Room, candidate: Sequence, num_new_blocks: int, admitted: I
         )
 
 
+def promised_blocks(room: Room, admitted: Iterable[Sequence]) -> int:
+    """Blocks that those who were admitted are still expected to take."""
+    return sum(growth_blocks(room, sequence, len(sequence.block_ids)) for sequence in admitted)
+
+
 def growth_blocks(room: Room, sequence: Sequence, num_held_blocks: int) -> int:
     """Blocks a sequence is still expected to take beyond those it holds; a preempted one needs them all again."""
-    params = sequence.request.params
-    answer = min(params.max_tokens, max(room.predicted_answer_tokens, sequence.num_generated_tokens))
-    final = sequence.num_prompt_tokens + answer
+    had, limit = sequence.num_generated_tokens, sequence.request.params.max_tokens
+    grows_by = max(0.0, room.expected_answer(had, limit) - had) * room.answer_margin
+    final = sequence.num_prompt_tokens + min(max(had, limit), had + math.ceil(grows_by))
     return max(0, -(-final // room.block_size) - num_held_blocks)

@@ -10,8 +10,12 @@ class DecodeOptions:
     """How freely a decode worker promises its KV blocks."""
 
     predicted_answer_tokens: int = 256
-    """Tokens an answer is expected to grow to when its max_tokens is larger: blocks for them are
-    kept in hand on admission. Where the guess is too low, the youngest sequence is preempted."""
+    """Tokens an answer is expected to grow to when its max_tokens is larger, until a worker has seen enough answers
+    to go by those: blocks for them are kept in hand on admission. Where the guess is too low, the youngest sequence
+    is preempted."""
+    answer_margin: float = 1.2
+    """What answers are expected to grow by is kept in hand so many times: more, and fewer sequences are preempted;
+    less, and more run at a time; 0 keeps nothing in hand."""
 
     orphan_grace_s: float = 15.0
     """Seconds that a resumable request runs on when its router is gone, and its tokens are kept, until another router
@@ -22,3 +26,5 @@ class DecodeOptions:
             raise ValueError(f"predicted_answer_tokens must not be negative, got {self.predicted_answer_tokens}")
         if not 0 <= self.orphan_grace_s <= 3600:
             raise ValueError(f"orphan_grace_s must be between 0 and 3600 seconds, got {self.orphan_grace_s}")
+        if not 0 <= self.answer_margin <= 100:
+            raise ValueError(f"answer_margin must be between 0 and 100, got {self.answer_margin}")

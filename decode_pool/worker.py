@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from decode_pool.admission import Room, check_room
+from decode_pool.answer_lengths import AnswerLengths
 from decode_pool.config import DecodeOptions
 from decode_pool.kv_intake import KVIntake
 from decode_pool.orphans import Key, Orphans
@@ -55,6 +56,7 @@ class DecodeWorker:
         self._max_running = max_running
         self._name = name
         self._emit = emit
+        self._lengths = AnswerLengths(options.predicted_answer_tokens)
         self._running: dict[Key, _Running] = {}
         self._intake = KVIntake(engine, node, on_ready=self._join, on_failed=self._failed)
         self._orphans = Orphans(options.orphan_grace_s)
@@ -87,6 +89,8 @@ class DecodeWorker:
         for sequence in self._sequences():
             name, number = _key(sequence)
             if name == request_id and number <= attempt:
+                if sequence.num_generated_tokens:  # a stop string, or a client that wants no more: an end as any other
+                    self._lengths.add(sequence.num_generated_tokens, was_cut=False)
                 found = self._end(sequence, reason) or found
         return found
 
@@ -142,6 +146,9 @@ class DecodeWorker:
             message.timing.CopyFrom(self._first_timing(entry))
             message.cached_tokens = min(sequence.num_cached_tokens, sequence.num_prompt_tokens)
         if output.finish_reason is not None:
+            if output.finish_reason is not FinishReason.FAILED:
+                cut = output.finish_reason is FinishReason.LENGTH
+                self._lengths.add(sequence.num_generated_tokens, was_cut=cut)
             self._ended(sequence, output.finish_reason.value)
         if _key(sequence) not in self._orphans:
             self._emit(sequence.owner, message)
@@ -177,7 +184,8 @@ class DecodeWorker:
                 block_size=scheduler.block_size,
                 num_admitted=self.num_open(),
                 max_admitted=self._max_running,
-                predicted_answer_tokens=self._options.predicted_answer_tokens,
+                expected_answer=self._lengths.expected,
+                answer_margin=self._options.answer_margin,
             )
             check_room(room, sequence, missing, self._sequences())
             sequence.block_ids += pool.allocate(missing)

@@ -1,9 +1,15 @@
 """Where requests wait for a place on a worker.
 
 While nobody waits, requests try their workers at once and side by side. One that every worker refused
-joins the line, and whoever comes later queues behind it: by priority, then by arrival. Only the head of
-the line tries again, when a worker has news; when it gets its place the next one tries. So a large request
-is not overtaken for ever by small ones, and no wake-up causes a stampede.
+joins the line, and whoever comes later queues as well, in the order of `fair_queue`: priority class, fair shares of
+tenants, earliest deadline. Only the head of the line tries again, when a worker has news; when it gets its place the
+next one tries. So no wake-up causes a stampede.
+
+Nobody is overtaken for ever. A head that was refused again and again (it is large, say) stays the head of its class,
+whoever comes; so does a request that had a place before and lost it with its worker.
+
+Who cannot be served in time is told so as early as that is known: on arrival, before any work is done for it, and
+while it waits (there only if it would be late even at twice the rate at which places are given out).
 
 States of a place: FREE (may try) -> WAITING (in the line) -> TRYING (head, woken) -> WAITING or FREE;
 -> LEFT at the end of the request, in whatever way.
@@ -12,11 +18,29 @@ States of a place: FREE (may try) -> WAITING (in the line) -> TRYING (head, woke
 from __future__ import annotations
 
 import asyncio
-import bisect
 import enum
+import random
+import time
+from collections.abc import Callable
 from types import TracebackType
 
+from router.config import RouterConfig
 from router.errors import OverloadedError
+from router.fair_queue import Claim, FairQueue
+from router.tenant_config import TenantConfig
+from router.wait_forecast import AdmissionRate, Outlook, TooLong, Usual, retry_s
+
+EARMARK_AFTER = 3
+"""Tries without success after which the head stays the head of its class."""
+LOOK_EVERY_S = 0.25
+"""How often it is looked at who of those that wait cannot be served in time, at most."""
+DOUBT = 0.5
+"""Of those that wait, who would be late even if the wait were so much shorter is refused."""
+MAX_LOOKS = 64
+"""Of so many at a time the wait is worked out."""
+USUAL_ANSWER_TOKENS = 256.0
+"""What an answer is expected to have before there was one."""
+_NO_TENANT = TenantConfig()
 
 
 class PlaceState(enum.Enum):
@@ -29,44 +53,82 @@ class PlaceState(enum.Enum):
 
 
 class Line:
-    """The requests that wait, in the order in which they may try."""
+    """The requests that wait, in the order in which they may try. Its clock must be that of the event loop."""
 
-    def __init__(self, max_queued: int, retry_after_s: float) -> None:
-        self.max_queued = max_queued
-        self._retry_after_s = retry_after_s
-        self._places: list[Place] = []
+    def __init__(self, config: RouterConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.refused: dict[str, int] = {}
+        """Requests that were refused for what waits here, by reason: full, tenant_full, deadline or ttft_slo."""
+        self._config = config
+        self._queue = FairQueue[Place](lambda tenant: self._tenant(tenant).weight)
+        self._rate = AdmissionRate()
+        self._answer_tokens = Usual(USUAL_ANSWER_TOKENS)
+        self._first_token_s = Usual(0.0)
         self._arrivals = 0
         self._news = 0
+        self._look_at = 0.0
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._queue)
 
-    def arrive(self, priority: int) -> Place:
+    def claim(self, *, priority: int, tenant: str, num_prompt_tokens: int, max_tokens: int, deadline: float) -> Claim:
+        """The standing of a request that has just arrived."""
+        admit_by = deadline
+        if (slo_s := self._config.ttft_slo_s) is not None:
+            admit_by = min(deadline, self.clock() + slo_s - self._first_token_s.value)
+        num_tokens = num_prompt_tokens + round(min(max_tokens, self._answer_tokens.value))
+        return Claim(priority, tenant, max(1, num_tokens), deadline, admit_by)
+
+    def arrive(self, claim: Claim) -> Place:
         """A place of one's own; use it as a context manager."""
         self._arrivals += 1
-        return Place(self, (priority, self._arrivals))
+        return Place(self, claim, self._arrivals)
 
-    def check_open(self) -> None:
+    def served(self, num_answer_tokens: int, first_token_s: float | None) -> None:
+        """A request has ended: so long was its answer, and the time from its place to its first token."""
+        self._answer_tokens.observe(num_answer_tokens)
+        if first_token_s is not None:
+            self._first_token_s.observe(first_token_s)
+
+    def check_open(self, claim: Claim) -> None:
+        """OverloadedError if no more may wait, or if such a request would wait too long; its size does not matter."""
+        self.check_full(claim.tenant)
+        if not len(self._queue):
+            return
+        now = self.clock()
+        outlook = self._outlook(self._queue.tokens_before(claim), now)
+        why = outlook.too_long(claim.deadline - now, self._config.ttft_slo_s)
+        if why is not None:
+            raise self._too_long(why, outlook, claim.deadline - now)
+
+    def check_full(self, tenant: str) -> None:
         """OverloadedError if no more may wait."""
-        if len(self._places) >= self.max_queued:
-            raise OverloadedError(
-                f"{len(self._places)} requests wait for a worker already, the limit is {self.max_queued}; "
-                f"try again in {self._retry_after_s:g} s",
-                retry_after_s=self._retry_after_s,
-            )
+        num, limit, whose = len(self._queue), self._config.max_queued, ""
+        own_limit = self._tenant(tenant).max_queued
+        if num < limit and own_limit is not None and self._queue.num_of(tenant) >= own_limit:
+            num, limit, whose = self._queue.num_of(tenant), own_limit, f" of tenant {tenant}"
+        if num < limit:
+            return
+        wait_s = self._rate.wait_s(self._queue.num_tokens(), self.clock())
+        after_s = self._retry_s(None if wait_s is None else wait_s * 0.5)
+        expected = "" if wait_s is None else f", which takes about {wait_s:.1f} s"
+        raise self._refusal(
+            "tenant_full" if whose else "full",
+            f"{num} requests{whose} wait for a worker already{expected}, the limit is {limit}; "
+            f"try again in {after_s:.1f} s",
+            after_s,
+        )
 
     def news(self) -> None:
         """A worker may have room: the head of the line may try."""
         self._news += 1
-        self._wake_head()
-
-    def _wake_head(self) -> None:
-        if self._places and self._places[0].state is PlaceState.WAITING:
-            self._places[0].wake()
+        if len(self._queue):
+            self._look()
+            self._wake_head()
 
     def head(self) -> Place | None:
         """Who may try next."""
-        return self._places[0] if self._places else None
+        return self._queue.head()
 
     def news_since(self, seen: int) -> bool:
         """Whether there has been news since that count."""
@@ -77,26 +139,94 @@ class Line:
         """News so far."""
         return self._news
 
-    def insert(self, place: Place) -> None:
-        """Add to the line, by rank."""
-        bisect.insort(self._places, place, key=lambda other: other.rank)
+    def insert(self, place: Place, *, first: bool) -> None:
+        """Add to the line; `first`: before all of its class."""
+        if not len(self._queue):
+            self._rate.wait(self.clock(), is_waiting=True)
+        self._queue.add(place, first=first)
+
+    def keep_first(self, place: Place) -> None:
+        """Nobody of its class may overtake it any more."""
+        self._queue.mark_first(place)
+
+    def admitted(self, place: Place) -> None:
+        """One of the line has its place: it counts as its tenant's."""
+        self._queue.charge(place.claim)
+        self._rate.admitted(place.claim.num_tokens, self.clock())
 
     def remove(self, place: Place) -> None:
         """Take out of the line; the next one may be the head now."""
-        self._places.remove(place)
-        self._wake_head()
+        self._queue.remove(place)
+        if len(self._queue):
+            self._wake_head()
+        else:
+            self._rate.wait(self.clock(), is_waiting=False)
+
+    def _wake_head(self) -> None:
+        head = self._queue.head()
+        if head is not None and head.state is PlaceState.WAITING:
+            head.wake()
+
+    def _tenant(self, name: str) -> TenantConfig:
+        return self._config.tenants.get(name, _NO_TENANT)
+
+    def _outlook(self, tokens_ahead: float, now: float) -> Outlook:
+        return Outlook(self._rate.wait_s(tokens_ahead, now), self._first_token_s.value)
+
+    def _look(self) -> None:
+        """Refuse those that cannot be served in time; now and then, and the most urgent ones first."""
+        now, slo_s = self.clock(), self._config.ttft_slo_s
+        if now < self._look_at:
+            return
+        self._look_at = now + LOOK_EVERY_S
+        wait_s = self._rate.wait_s(self._queue.num_tokens(), now)
+        if wait_s is None:
+            return
+        urgent = [place for place in self._queue if place.may_refuse and place.claim.admit_by < now + DOUBT * wait_s]
+        for place in sorted(urgent, key=lambda place: place.claim.admit_by)[:MAX_LOOKS]:
+            outlook = self._outlook(self._queue.tokens_ahead_of(place), now)
+            left_s = place.claim.deadline - now
+            due_s = None if slo_s is None else place.claim.admit_by - now + self._first_token_s.value
+            if place.state is PlaceState.WAITING and (why := outlook.too_long(left_s, due_s, DOUBT)):
+                place.refuse(self._too_long(why, outlook, left_s))
+
+    def _too_long(self, why: TooLong, outlook: Outlook, left_s: float) -> OverloadedError:
+        wait_s, slo_s = outlook.wait_s or 0.0, self._config.ttft_slo_s
+        if why is TooLong.DEADLINE or slo_s is None:
+            after_s = self._retry_s(wait_s - left_s)
+            told = f"this one would wait about {wait_s:.1f} s and has {max(0.0, left_s):.1f} s"
+            advice = "or allow more time with deadline_s"
+        else:
+            after_s = self._retry_s(wait_s + outlook.first_token_s - slo_s)
+            told = f"this one's first token would come after about {wait_s + outlook.first_token_s:.1f} s"
+            told += f", the router's limit is {slo_s:g} s"
+            advice = "or ask another router"
+        text = f"{len(self._queue)} requests wait for a worker, {told}; try again in {after_s:.1f} s, {advice}"
+        return self._refusal(why.value, text, after_s)
+
+    def _retry_s(self, drained_in_s: float | None) -> float:
+        return retry_s(drained_in_s, self._config.retry_after_s, random.random())
+
+    def _refusal(self, reason: str, message: str, retry_after_s: float) -> OverloadedError:
+        self.refused[reason] = self.refused.get(reason, 0) + 1
+        return OverloadedError(message, retry_after_s=retry_after_s)
 
 
 class Place:
     """One request's standing in the line."""
 
-    def __init__(self, line: Line, rank: tuple[int, int]) -> None:
-        self.rank = rank
-        """Priority, then arrival: lower goes first."""
+    def __init__(self, line: Line, claim: Claim, number: int) -> None:
+        self.claim = claim
+        self.number = number
+        """Of its arrival."""
         self.state = PlaceState.FREE
+        self.may_refuse = True
+        """Whether it may be sent away: one whose client has tokens may not."""
         self._line = line
         self._seen = 0
-        self._woken: asyncio.Future[None] | None = None
+        self._had_place = False
+        self._num_refusals = 0
+        self._woken: asyncio.Future[OverloadedError | None] | None = None
 
     def __enter__(self) -> Place:
         return self
@@ -107,38 +237,68 @@ class Place:
         self._leave_line()
         self.state = PlaceState.LEFT
 
+    @property
+    def is_earmarked(self) -> bool:
+        """Whether it was refused so often that nobody of its class may overtake it."""
+        return self._num_refusals >= EARMARK_AFTER
+
     async def turn(self, *, may_refuse: bool) -> None:
         """Return when this request may try: at once, unless others wait ahead of it."""
-        head = self._line.head()
-        if self.state is PlaceState.FREE and head is not None and head.rank < self.rank:
-            await self.wait(may_refuse=may_refuse)
+        if self.state is PlaceState.FREE and len(self._line):
+            self._enter_line(may_refuse)
+            if self._line.head() is self:
+                self.state = PlaceState.TRYING
+            else:
+                await self._sleep()
         self._seen = self._line.news_count
 
     async def wait(self, *, may_refuse: bool) -> None:
         """Every worker refused: wait for news, bounded by the request's scope.
 
-        OverloadedError if the line is full and `may_refuse`: one whose client has tokens is not.
+        OverloadedError if the line is full, or if it is to be too late, and `may_refuse`.
         """
         if self.state is PlaceState.FREE:
-            if may_refuse:
-                self._line.check_open()
-            self._line.insert(self)
+            self._enter_line(may_refuse)
+        self._num_refusals += 1
+        if self._num_refusals == EARMARK_AFTER:
+            self._line.keep_first(self)
         if self._line.head() is self and self._line.news_since(self._seen):
             self.state = PlaceState.TRYING
             return
-        self.state = PlaceState.WAITING
-        self._woken = asyncio.get_running_loop().create_future()
-        await self._woken
+        await self._sleep()
 
     def admitted(self) -> None:
         """A worker took the request: let the next one try."""
+        if self.state is not PlaceState.FREE and not self._had_place:
+            self._line.admitted(self)
+        self._had_place = True
         self._leave_line()
 
     def wake(self) -> None:
         """Called by the line: this place is its head and there is news."""
         self.state = PlaceState.TRYING
+        self._answer(None)
+
+    def refuse(self, error: OverloadedError) -> None:
+        """Called by the line: it is not worth waiting any longer."""
+        self._answer(error)
+
+    async def _sleep(self) -> None:
+        self.state = PlaceState.WAITING
+        self._woken = asyncio.get_running_loop().create_future()
+        if (refusal := await self._woken) is not None:
+            raise refusal
+
+    def _answer(self, error: OverloadedError | None) -> None:
         if self._woken is not None and not self._woken.done():
-            self._woken.set_result(None)
+            self._woken.set_result(error)
+
+    def _enter_line(self, may_refuse: bool) -> None:
+        self.may_refuse = may_refuse
+        if may_refuse:
+            self._line.check_full(self.claim.tenant)
+        self._line.insert(self, first=self._had_place)
+        self.state = PlaceState.WAITING
 
     def _leave_line(self) -> None:
         if self.state in (PlaceState.WAITING, PlaceState.TRYING):

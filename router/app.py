@@ -37,6 +37,7 @@ from router.service import InferenceService
 from router.session import Desk
 from router.stats import RouterStats
 from router.store import FleetStore, RouterRecord
+from router.tenants import Tenants
 from router.wakeup import Signal
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class RouterApp:
         self._router_id = router_id
         self._background = Background()
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        self._line = Line(config.max_queued, config.retry_after_s)
+        self._line = Line(config)
         self._fleet = Fleet(store, config, router_id=router_id, worker_key=worker_key(secret), on_room=self._line.news)
         self._dispatcher = Dispatcher(self._fleet, self._line, config, router_id=router_id, split=self._split)
 
@@ -89,6 +90,7 @@ class RouterApp:
         RouterStartError if the port or a file cannot be had, engine.errors.ModelError if the model cannot.
         """
         model = await asyncio.to_thread(ServedModel.load, self._model_options)
+        tenants = Tenants.load(self._config.api_keys_file)
         self._desk = Desk(
             config=self._config,
             model=model,
@@ -99,6 +101,7 @@ class RouterApp:
             running={},
             ended=Signal(),
             split=self._split,
+            tenants=tenants,
         )
         self._runs = Runs(self._desk, self._store.requests, self._router_id)
         self._server = self._make_server()
@@ -158,6 +161,7 @@ class RouterApp:
         stats.local_prompt_tokens = self._dispatcher.local_prompt_tokens
         stats.in_flight = len(self._desk.running)
         stats.queued = len(self._line)
+        stats.refused = dict(self._line.refused)
         stats.workers = dict(Counter(info.state.value for info in self._fleet.workers()))
         return stats
 
@@ -188,7 +192,7 @@ class RouterApp:
     def _make_server(self) -> grpc.aio.Server:
         interceptors: list[ApiKeys | StrictParsing] = [StrictParsing(SERVICE)]
         if self._config.api_keys_file is not None:
-            interceptors.insert(0, ApiKeys(self._config.api_keys_file))
+            interceptors.insert(0, ApiKeys(self._desk.tenants))
         options = (
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", self._config.max_request_bytes),

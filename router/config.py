@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from router.local_prefill import LocalPrefillConfig
 from router.reckoning import KvAwareConfig
+from router.tenant_config import TenantConfig, problem_of
 
 PolicyName = Literal["round_robin", "least_loaded", "kv_aware"]
 
@@ -59,6 +60,12 @@ class RouterConfig:
     """Seconds a request may take when the client names no deadline."""
     max_queued: int = 1024
     """Requests that may wait here for a place on a worker; more are refused."""
+    tenants: dict[str, TenantConfig] = field(default_factory=dict)
+    """Tenants that have another weight than 1, or a limit of their own, by name. A call's tenant is told by its key
+    (see api_keys_file) or, where no keys are asked for, by the metadata `pdserve-tenant`."""
+    ttft_slo_s: float | None = None
+    """Seconds from arrival within which the first token is to come: a request that would wait longer is refused at
+    once, with the time after which to try again; default: only one that would miss its deadline is."""
     max_request_bytes: int = 4 * 1024 * 1024
     """Size limit of one client message, in bytes."""
     max_stream_buffer: int = 4096
@@ -70,9 +77,10 @@ class RouterConfig:
     tls_key: str | None = None
     """PEM file with the private key."""
     api_keys_file: str | None = None
-    """File with one API key a line; when set, clients must send `authorization: Bearer <key>`."""
+    """File with one API key a line, or a key, a space and the name of its tenant (default: `default`); when set,
+    clients must send `authorization: Bearer <key>`."""
     retry_after_s: float = 1.0
-    """Seconds a refused client is told to wait."""
+    """Least seconds a refused client is told to wait; more where the queue takes longer to drain."""
     no_worker_grace_s: float = 1.0
     """Seconds a request waits for a worker to come (back) when none can serve."""
     reserve_timeout_s: float = 5.0
@@ -110,8 +118,12 @@ class RouterConfig:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in self.__dataclass_fields__:
-            if name.endswith("_s") and name != "no_worker_grace_s" and not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be more than 0 seconds, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if name.endswith("_s") and name != "no_worker_grace_s" and value is not None and not value > 0:
+                raise ValueError(f"{name} must be more than 0 seconds, got {value}")
+        for tenant in self.tenants:
+            if problem := problem_of(tenant):
+                raise ValueError(f"tenants: the name {tenant!r} {problem}")
         if self.reserve_timeout_s > 30:
             raise ValueError(f"reserve_timeout_s must be at most 30 seconds, got {self.reserve_timeout_s}")
         if self.heartbeat_s >= self.worker_silence_s:

@@ -23,6 +23,7 @@ from router.info import WorkerInfo, WorkerLife, WorkerState
 from router.job import Adoption, Ending, Job
 from router.policies import Demand, Route
 from router.scope import Scope
+from router.timeline import Moment
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,14 @@ class Dispatcher:
             return ending
         full: frozenset[WorkerLife] = frozenset()
         arrived = asyncio.get_running_loop().time()
-        with self._line.arrive(job.priority) as place:
+        claim = self._line.claim(
+            priority=job.priority,
+            tenant=job.tenant,
+            num_prompt_tokens=len(job.prompt_token_ids),
+            max_tokens=job.params.max_tokens,
+            deadline=job.deadline,
+        )
+        with self._line.arrive(claim) as place:
             while True:
                 job.awaited = "a place in the line"
                 await place.turn(may_refuse=not job.emitted)
@@ -110,6 +118,7 @@ class Dispatcher:
             job.on_reserved(route.decode, attempt.number)
         self.local_prompt_tokens += route.local_tokens
         ending = await attempt.follow(emit)
+        self._line.served(len(job.emitted), job.timeline.between(Moment.RESERVED, Moment.FIRST_SENT))
         self._line.news()
         return ending
 

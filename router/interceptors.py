@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from router.errors import InvalidArgumentError, RouterError, RouterStartError, UnauthenticatedError
+from router.errors import InvalidArgumentError, RouterError, UnauthenticatedError
+from router.tenants import Tenants
 
 HEALTH_PREFIX = "/grpc.health.v1.Health/"
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any]"]]
@@ -21,30 +19,16 @@ Continuation = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHand
 class ApiKeys(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Lets a call in only with `authorization: Bearer <key>`; health checks need none."""
 
-    def __init__(self, keys_file: str) -> None:
-        """Read the keys, one a line; RouterStartError if there are none."""
-        try:
-            lines = Path(keys_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise RouterStartError(f"api_keys_file {keys_file} cannot be read: {error}") from error
-        self._digests = [_digest(line.strip()) for line in lines if line.strip()]
-        if not self._digests:
-            raise RouterStartError(f"api_keys_file {keys_file} has no keys; write one a line, or unset it")
+    def __init__(self, tenants: Tenants) -> None:
+        self._tenants = tenants
 
     async def intercept_service(
         self, continuation: Continuation, details: grpc.HandlerCallDetails
     ) -> grpc.RpcMethodHandler[Any, Any]:
         """Replace the handler of a call without a valid key by a refusal."""
-        if details.method.startswith(HEALTH_PREFIX) or self._knows(details):
+        if details.method.startswith(HEALTH_PREFIX) or self._tenants.knows_key(details.invocation_metadata):
             return await continuation(details)
         return _refusal(UnauthenticatedError("send metadata `authorization: Bearer <key>` with a valid API key"))
-
-    def _knows(self, details: grpc.HandlerCallDetails) -> bool:
-        shown = [value for name, value in details.invocation_metadata or () if name == "authorization"]
-        scheme, _, key = str(shown[0]).partition(" ") if shown else ("", "", "")
-        digest = _digest(key.strip())
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return scheme.lower() == "bearer" and any(matches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +84,3 @@ def _refusal(error: RouterError) -> grpc.RpcMethodHandler[Any, Any]:
         await context.abort(error.code, error.message, error.trailing_metadata())
 
     return grpc.unary_unary_rpc_method_handler(refuse)
-
-
-def caller(context: grpc.aio.ServicerContext[Any, Any]) -> str:
-    """A digest of the API key that a call shows; empty: it shows none."""
-    shown = [value for name, value in context.invocation_metadata() or () if name == "authorization"]
-    return _digest(str(shown[0]).partition(" ")[2].strip()).hex() if shown else ""
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from protos import inference_pb2, worker_pb2
 from router.info import WorkerInfo
 from router.retry import Attempts
+from router.tenants import DEFAULT_TENANT
 from router.timeline import Timeline
 
 
@@ -40,6 +41,8 @@ class Job:
     """Whether its end at this router is to be no end at its workers."""
     on_reserved: Callable[[WorkerInfo, int], object] | None = None
     """Told which worker has it, under which attempt."""
+    tenant: str = DEFAULT_TENANT
+    """On whose behalf it came."""
     emitted: list[int] = field(default_factory=list)
     """Tokens handed to the client so far; a new attempt goes on after them."""
     num_cached: int = 0

@@ -33,6 +33,7 @@ from router.request_store import RequestRecord, RequestStore
 from router.scope import Scope
 from router.session import Desk, Origin, Session
 from router.story import Reader, Story
+from router.tenants import Metadata
 
 logger = logging.getLogger(__name__)
 
@@ -71,13 +72,14 @@ class Runs:
     def __len__(self) -> int:
         return len(self._runs)
 
-    async def generate(self, request: inference_pb2.GenerateRequest, owner: str) -> Run:
+    async def generate(self, request: inference_pb2.GenerateRequest, metadata: Metadata) -> Run:
         """The run of a resumable request: a new one, or the one that has its id and its body already."""
+        owner = self._desk.tenants.caller(metadata)
         request_id = request.request_id = validation.request_id(request.request_id)
         body = _digest(request)
         if (run := self._runs.get(request_id)) is not None:
             return _same(run, run.record, owner, body)
-        self._desk.check_open()
+        self._desk.check_open(request, self._desk.tenants.of(metadata), self._limit_s(request))
         if not request.sampling.HasField("seed"):
             request.sampling.seed = validation.draw_seed()
         record = RequestRecord(
@@ -89,19 +91,19 @@ class Runs:
         )
         try:
             if not await self._store.claim(record, self._limit_s(request) + self._desk.config.resume.replay_s):
-                return await self._take_over(request_id, owner, body)
+                return await self._take_over(request_id, metadata, body)
         except StoreUnavailableError as error:
             logger.warning("resumable at this router only: %s", error, extra={"request_id": request_id})
         if (run := self._runs.get(request_id)) is not None:  # it came twice at once
             return _same(run, run.record, owner, body)
-        return self._begin(record, request, None)
+        return self._begin(record, request, metadata, None)
 
-    async def find(self, request_id: str, owner: str) -> Run:
+    async def find(self, request_id: str, metadata: Metadata) -> Run:
         """The run of a known request, taken over from another router if need be."""
         if (run := self._runs.get(request_id)) is not None:
-            return _same(run, run.record, owner, None)
+            return _same(run, run.record, self._desk.tenants.caller(metadata), None)
         try:
-            return await self._take_over(request_id, owner, None)
+            return await self._take_over(request_id, metadata, None)
         except StoreUnavailableError as error:
             raise UnavailableError(
                 f"the registry, which knows where requests run, cannot be asked: {error}",
@@ -141,9 +143,10 @@ class Runs:
         await self._background.settle(TURN_S)
         self._runs.clear()
 
-    async def _take_over(self, request_id: str, owner: str, body: str | None) -> Run:
+    async def _take_over(self, request_id: str, metadata: Metadata, body: str | None) -> Run:
         """Go on with a request of another router, or of this one's life before."""
-        self._desk.check_open()
+        self._desk.check_stays()
+        owner = self._desk.tenants.caller(metadata)
         found = await self._store.find(request_id)
         if found is None:
             raise _unknown(request_id)
@@ -164,10 +167,16 @@ class Runs:
             "taking over a request",
             extra={"request_id": request_id, "generation": record.generation, "worker": record.worker_id},
         )
-        return self._begin(record, request, adoption)
+        return self._begin(record, request, metadata, adoption)
 
-    def _begin(self, record: RequestRecord, request: inference_pb2.GenerateRequest, adoption: Adoption | None) -> Run:
-        story = Story()
+    def _begin(
+        self,
+        record: RequestRecord,
+        request: inference_pb2.GenerateRequest,
+        metadata: Metadata,
+        adoption: Adoption | None,
+    ) -> Run:
+        story = Story(metadata)
         first_attempt = record.generation * ATTEMPTS_A_GENERATION
         session = Session(self._desk, request, story, Origin(first_attempt, adoption))
         run = self._runs[record.request_id] = Run(record, session, story)

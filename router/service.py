@@ -11,10 +11,10 @@ import grpc
 
 from protos import inference_pb2, inference_pb2_grpc
 from router.errors import InvalidArgumentError, RequestCancelledError, RouterError, SlowClientError
-from router.interceptors import caller
 from router.runs import TURN_S, Run, Runs
 from router.scope import Scope
 from router.session import CANCEL_PATIENCE_S, Desk, Session
+from router.tenants import Metadata
 from router.validation import THREAD_FROM_CHARS
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Generate(self, request: inference_pb2.GenerateRequest, context: GenerateContext) -> None:
         """Stream a request's events; see protos/inference.proto."""
         if request.resumable:
-            await self._follow(self._runs.generate(request, caller(context)), 0, context)
+            await self._follow(self._runs.generate(request, context.invocation_metadata()), 0, context)
             return
         failure = await Session(self._desk, request, context).serve_to_the_end()
         if failure is not None:
@@ -44,14 +44,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def Resume(self, request: inference_pb2.ResumeRequest, context: ResumeContext) -> None:
         """Go on with a resumable request; see protos/inference.proto."""
-        await self._follow(self._find(request, caller(context)), request.next_offset, context)
+        await self._follow(self._find(request, context.invocation_metadata()), request.next_offset, context)
 
-    async def _find(self, request: inference_pb2.ResumeRequest, owner: str) -> Run:
+    async def _find(self, request: inference_pb2.ResumeRequest, metadata: Metadata) -> Run:
         if request.next_offset < 0:
             raise InvalidArgumentError(
                 f"next_offset must be at least 0, got {request.next_offset}", field="next_offset"
             )
-        return await self._runs.find(request.request_id, owner)
+        return await self._runs.find(request.request_id, metadata)
 
     async def _follow(
         self, finding: Awaitable[Run], next_offset: int, context: GenerateContext | ResumeContext

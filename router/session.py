@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import grpc
@@ -29,14 +29,17 @@ from router.errors import (
     SlowClientError,
     UnavailableError,
 )
+from router.fair_queue import Claim
 from router.fleet import Fleet
 from router.info import WorkerInfo
 from router.job import Adoption, Chunk, Ending, Job
 from router.model import ServedModel
 from router.output import OutputStream
+from router.refusals import RefusalLog
 from router.retry import Attempts
 from router.scope import Scope
 from router.stats import RouterStats
+from router.tenants import DEFAULT_TENANT, Metadata, Tenants
 from router.timeline import Moment, Timeline
 from router.wakeup import Signal
 
@@ -56,6 +59,9 @@ class Client(Protocol):
 
     def time_remaining(self) -> float | None:
         """Seconds until the call's own deadline, if it has one."""
+
+    def invocation_metadata(self) -> Metadata:
+        """What the call says beside its request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +88,24 @@ class Desk:
     ended: Signal
     """A session ended."""
     split: bool
+    tenants: Tenants
+    refusals: RefusalLog = field(default_factory=lambda: RefusalLog(logger))
     draining: bool = False
 
-    def check_open(self) -> None:
-        """Refuse new requests while draining or while too many wait."""
+    def check_open(self, request: inference_pb2.GenerateRequest, tenant: str, limit_s: float) -> None:
+        """Refuse new requests while draining, and those that are not to be served in time."""
+        self.check_stays()
+        if len(self.line):
+            deadline = asyncio.get_running_loop().time() + limit_s
+            self.line.check_open(Claim(priority=request.priority, tenant=tenant, deadline=deadline))
+
+    def check_stays(self) -> None:
+        """Refuse to begin anything while draining."""
         if self.draining:
             raise UnavailableError(
                 "this router is about to stop and takes nothing new; ask another one",
                 retry_after_s=self.config.retry_after_s,
             )
-        if len(self.line):
-            self.line.check_open()
 
 
 class Session:
@@ -116,6 +129,7 @@ class Session:
         self._timeline = Timeline()
         self._output: OutputStream | None = None
         self._job: Job | None = None
+        self._tenant = DEFAULT_TENANT
 
     async def serve_to_the_end(self) -> RouterError | None:
         """Serve the call and account for it; gives the error whose status is to end it, if there is one."""
@@ -142,8 +156,11 @@ class Session:
 
     async def _serve(self) -> str:
         """Serve the call; gives its outcome. RouterError where a status is to end it."""
+        desk, request = self._desk, self._request
+        self._tenant = desk.tenants.of(self._context.invocation_metadata())
+        limit_s = validation.deadline_s(request, desk.config, self._context.time_remaining())
         if self._origin.adoption is None:
-            self._desk.check_open()
+            desk.check_open(request, self._tenant, limit_s)
         request_id = validation.request_id(self._request.request_id)
         if request_id in self._desk.running:
             raise DuplicateRequestError(f"a request with the id {request_id!r} is running")
@@ -151,7 +168,7 @@ class Session:
         self._desk.running[request_id] = self.scope
         try:
             async with self.scope:
-                ending = await self._run(request_id)
+                ending = await self._run(request_id, limit_s)
         except RequestCancelledError:
             if self._job is None or self.scope.write_cut:
                 raise
@@ -162,11 +179,10 @@ class Session:
             self._desk.ended.notify()
         return inference_pb2.FinishReason.Name(ending.reason).removeprefix("FINISH_REASON_").lower()
 
-    async def _run(self, request_id: str) -> Ending:
+    async def _run(self, request_id: str, limit_s: float) -> Ending:
         # 1. Everything that can be refused without work, then the prompt, then what depends on its length.
         desk, request = self._desk, self._request
         desk.model.check_name(request.model)
-        limit_s = validation.deadline_s(request, desk.config, self._context.time_remaining())
         deadline = asyncio.get_running_loop().time() + limit_s
         self.scope.interrupt_at(deadline, lambda: self._too_late(limit_s), WRITE_PATIENCE_S)
         kind = validation.prompt_kind(request)
@@ -185,6 +201,7 @@ class Session:
             deadline=deadline,
             timeline=self._timeline,
             attempts=Attempts(desk.config.max_attempts, desk.config.retry_after_s, self._origin.first_attempt),
+            tenant=self._tenant,
             resumable=request.resumable,
             adoption=self._origin.adoption,
             leaves_it_running=lambda: self.leaves_it_running,
@@ -212,7 +229,7 @@ class Session:
         if chunk.offset:
             self._desk.stats.itl_s.observe(since_s)
         message, ending = self._output.push(chunk)
-        with self._scope.writing():
+        with self.scope.writing():
             await self._context.write(inference_pb2.GenerateEvent(tokens=message))
         if not chunk.offset:
             self._timeline.mark(Moment.FIRST_SENT)
@@ -252,7 +269,7 @@ class Session:
         self._desk.stats.ended(outcome)
         stats, timeline, job, output = self._desk.stats, self._timeline, self._job, self._output
         if job is None or output is None:
-            logger.info("request refused", extra={"request_id": self.request_id, "outcome": outcome, "error": error})
+            self._desk.refusals.note(outcome, self.request_id, error)
             return
         stats.prompt_tokens += len(job.prompt_token_ids)
         stats.cached_prompt_tokens += job.num_cached

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from protos import inference_pb2
 from router.errors import InvalidArgumentError, RouterError
+from router.tenants import Metadata
 from router.wakeup import Signal
 
 Replay = Callable[[list[int]], int]
@@ -23,7 +24,9 @@ Replay = Callable[[list[int]], int]
 class Story:
     """The events of one request; the session's client as far as the session knows."""
 
-    def __init__(self) -> None:
+    def __init__(self, metadata: Metadata = None) -> None:
+        """`metadata`: of the call that began it."""
+        self._metadata = metadata
         self.accepted: inference_pb2.Accepted | None = None
         self.finished: inference_pb2.Finished | None = None
         self.failure: RouterError | None = None
@@ -48,6 +51,10 @@ class Story:
     def time_remaining(self) -> float | None:
         """No call's deadline bounds the request; only its own does."""
         return None
+
+    def invocation_metadata(self) -> Metadata:
+        """What the call that began it said beside its request."""
+        return self._metadata
 
     async def write(self, event: inference_pb2.GenerateEvent) -> None:
         """Take the session's next event; never blocks."""

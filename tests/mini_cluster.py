@@ -43,7 +43,6 @@ class Shape:
     decode: DecodeOptions = field(default_factory=DecodeOptions)
     transfer: TransferConfig = field(default_factory=TransferConfig)
     router: RouterConfig = field(default_factory=lambda: RouterConfig(port=0))
-    decode: DecodeOptions = field(default_factory=DecodeOptions)
 
 
 @dataclass

@@ -1,18 +1,20 @@
 import pytest
 
 from decode_pool.admission import Room, check_room, growth_blocks
+from decode_pool.answer_lengths import AnswerLengths
 from engine.errors import CapacityError
 from engine.sequence import Sequence
 from tests.engine.toy import make_request
 
 
-def room(free_blocks: int, *, num_admitted: int = 1, predicted: int = 0) -> Room:
+def room(free_blocks: int, *, num_admitted: int = 1, predicted: int = 0, margin: float = 1.0) -> Room:
     return Room(
         free_blocks=free_blocks,
         block_size=4,
         num_admitted=num_admitted,
         max_admitted=8,
-        predicted_answer_tokens=predicted,
+        expected_answer=AnswerLengths(predicted).expected,
+        answer_margin=margin,
     )
 
 
@@ -25,6 +27,15 @@ def sequence(num_tokens: int, num_blocks: int, **params) -> Sequence:
 def test_growth_is_what_the_answer_needs_beyond_the_blocks_held():
     assert growth_blocks(room(8, predicted=10), sequence(6, 2, max_tokens=100), 2) == 2
     assert growth_blocks(room(8, predicted=10), sequence(6, 2, max_tokens=2), 2) == 0
+
+
+def test_what_is_expected_of_the_rest_counts_with_a_margin():
+    running = sequence(6, 2, max_tokens=100)
+    running.token_ids += [1] * 2
+    assert growth_blocks(room(8, predicted=10), running, 2) == 2
+    assert growth_blocks(room(8, predicted=10, margin=2.0), running, 2) == 4
+    assert growth_blocks(room(8, predicted=10, margin=0.0), running, 2) == 0
+    assert growth_blocks(room(8, predicted=10, margin=50.0), running, 2) == 25
 
 
 def test_a_preempted_sequence_keeps_its_claim_to_the_blocks_it_gave_back():

@@ -81,16 +81,19 @@ class Cluster:
     workers: dict[str, FakeWorker]
     peers: dict[str, FakeWorker]
 
-    async def ask(self, request: inference_pb2.GenerateRequest | None = None, **fields: Any) -> Answer:
+    async def ask(
+        self, request: inference_pb2.GenerateRequest | None = None, *, tenant: str = "", **fields: Any
+    ) -> Answer:
         """Send a request and hear its whole stream."""
         answer = Answer()
-        async for event in self.stub.Generate(request or ask(**fields)):
+        metadata = (("pdserve-tenant", tenant),) if tenant else ()
+        async for event in self.stub.Generate(request or ask(**fields), metadata=metadata):
             answer.add(event)
         return answer
 
-    async def refused(self, request: inference_pb2.GenerateRequest) -> Refusal:
+    async def refused(self, request: inference_pb2.GenerateRequest, *, tenant: str = "") -> Refusal:
         """Send a request that ends in a status."""
-        call = self.stub.Generate(request)
+        call = self.stub.Generate(request, metadata=(("pdserve-tenant", tenant),) if tenant else ())
         try:
             async for _ in call:
                 pass

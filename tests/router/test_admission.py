@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
-from router.admission import Line, Place, PlaceState
+from router.admission import EARMARK_AFTER, Line, Place, PlaceState
+from router.config import RouterConfig
 from router.errors import OverloadedError
+from router.fair_queue import Claim
+from router.tenant_config import TenantConfig
 from tests.router.fake_worker import Behaviour, expected_answer
 from tests.router.harness import PROMPT, ask, cluster, eventually, run
 
@@ -58,7 +62,8 @@ def test_full_line_refuses_at_once(model: Path) -> None:
             assert time.monotonic() - started < 0.25
             assert refusal.code is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert "the limit is 2" in refusal.message
-            assert refusal.retry_after_s == 1.0
+            assert refusal.retry_after_s is not None
+            assert 1.0 <= refusal.retry_after_s <= 1.25
             for task in waiting:
                 task.cancel()
             await made.idle()
@@ -98,18 +103,22 @@ def test_waiting_requests_fail_together_when_the_workers_go(model: Path) -> None
 async def waiter(place: Place, order: list[str], name: str) -> None:
     with place:
         await place.turn(may_refuse=True)
-        if place.state is PlaceState.FREE:
+        if place.state is PlaceState.FREE or (not order and place.claim.priority == 0):
             await place.wait(may_refuse=True)
         order.append(name)
         place.admitted()
 
 
+def line_of(**config: Any) -> Line:
+    return Line(RouterConfig(**config))
+
+
 def test_news_wakes_the_head_and_success_wakes_the_next() -> None:
     async def scenario() -> None:
-        line, order = Line(10, 1.0), list[str]()
+        line, order = line_of(), list[str]()
         tasks = []
         for name, priority in (("b", 1), ("c", 1), ("a", 0)):
-            tasks.append(asyncio.create_task(waiter(line.arrive(priority), order, name)))
+            tasks.append(asyncio.create_task(waiter(line.arrive(Claim(priority)), order, name)))
             await asyncio.sleep(0)
         assert len(line) == 3
         line.news()
@@ -123,10 +132,10 @@ def test_news_wakes_the_head_and_success_wakes_the_next() -> None:
 
 def test_head_that_leaves_hands_its_turn_on() -> None:
     async def scenario() -> None:
-        line, order = Line(10, 1.0), list[str]()
-        head = asyncio.create_task(waiter(line.arrive(0), order, "head"))
+        line, order = line_of(), list[str]()
+        head = asyncio.create_task(waiter(line.arrive(Claim()), order, "head"))
         await asyncio.sleep(0)
-        second = asyncio.create_task(waiter(line.arrive(0), order, "second"))
+        second = asyncio.create_task(waiter(line.arrive(Claim()), order, "second"))
         await asyncio.sleep(0)
         head.cancel()
         await asyncio.gather(head, return_exceptions=True)
@@ -140,8 +149,8 @@ def test_head_that_leaves_hands_its_turn_on() -> None:
 
 def test_news_during_a_try_is_not_lost() -> None:
     async def scenario() -> None:
-        line = Line(10, 1.0)
-        with line.arrive(0) as place:
+        line = line_of()
+        with line.arrive(Claim()) as place:
             await place.turn(may_refuse=True)
             waiting = asyncio.create_task(place.wait(may_refuse=True))
             await asyncio.sleep(0)
@@ -158,7 +167,225 @@ def test_news_during_a_try_is_not_lost() -> None:
 
 def test_line_of_no_places_refuses_whoever_must_wait() -> None:
     async def scenario() -> None:
-        with Line(0, 1.0).arrive(0) as place, pytest.raises(OverloadedError):
+        with line_of(max_queued=0).arrive(Claim()) as place, pytest.raises(OverloadedError):
             await place.wait(may_refuse=True)
+
+    run(scenario())
+
+
+class Clock:
+    """A clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Waiters:
+    """Requests that wait at a line; each tries when it is woken, and gets its place if `room` has one."""
+
+    def __init__(self, line: Line) -> None:
+        self.line = line
+        self.order: list[str] = []
+        self.refusals: dict[str, OverloadedError] = {}
+        self.room = 0
+        self.too_large: set[str] = set()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def add(self, name: str, claim: Claim) -> None:
+        self._tasks.append(asyncio.create_task(self._wait(name, claim)))
+        await asyncio.sleep(0)
+
+    async def _wait(self, name: str, claim: Claim) -> None:
+        with self.line.arrive(claim) as place:
+            try:
+                await place.turn(may_refuse=True)
+                while not self.room or name in self.too_large:
+                    await place.wait(may_refuse=True)
+                    await place.turn(may_refuse=True)
+            except OverloadedError as error:
+                self.refusals[name] = error
+                return
+            self.room -= 1
+            self.order.append(name)
+            place.admitted()
+
+    async def admit(self, num: int) -> None:
+        """There is room for so many, one after the other."""
+        for _ in range(num):
+            self.room += 1
+            self.line.news()
+            for _ in range(3):
+                await asyncio.sleep(0)
+
+    async def end(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        assert not len(self.line)
+
+
+def test_shares_of_tenants_hold_while_one_floods() -> None:
+    async def scenario() -> None:
+        made = Waiters(line_of(tenants={"paying": TenantConfig(weight=2.0)}))
+        for number in range(40):
+            await made.add(f"flood{number}", Claim(tenant="flood", num_tokens=100))
+        for number in range(20):
+            await made.add(f"paying{number}", Claim(tenant="paying", num_tokens=100))
+        await made.admit(18)
+        assert sum(name.startswith("paying") for name in made.order) in (11, 12, 13)
+        await made.end()
+
+    run(scenario())
+
+
+def test_a_tenant_has_the_earliest_deadline_first() -> None:
+    async def scenario() -> None:
+        made = Waiters(line_of())
+        for name, deadline in (("late", 1e9), ("soon", 1e6), ("later", 2e9), ("sooner", 1e5)):
+            await made.add(name, Claim(deadline=deadline))
+        await made.admit(4)
+        assert made.order == ["sooner", "soon", "late", "later"]
+        await made.end()
+
+    run(scenario())
+
+
+def test_a_large_request_is_not_overtaken_for_ever() -> None:
+    async def scenario() -> None:
+        made = Waiters(line_of())
+        made.too_large.add("large")
+        await made.add("large", Claim(num_tokens=1000, deadline=1e9))
+        for _ in range(EARMARK_AFTER):
+            await made.admit(1)
+        for number in range(5):  # with earlier deadlines
+            await made.add(f"small{number}", Claim(deadline=1e6))
+        await made.admit(1)
+        assert made.order == []
+        made.too_large.clear()
+        await made.admit(2)
+        assert made.order[0] == "large"
+        await made.end()
+
+    run(scenario())
+
+
+def test_a_higher_class_does_overtake_a_large_request() -> None:
+    async def scenario() -> None:
+        made = Waiters(line_of())
+        made.too_large.add("large")
+        await made.add("large", Claim())
+        for _ in range(EARMARK_AFTER):
+            await made.admit(1)
+        await made.add("urgent", Claim(priority=-1))
+        await made.admit(1)
+        assert made.order == ["urgent"]
+        await made.end()
+
+    run(scenario())
+
+
+async def measured(clock: Clock, **config: Any) -> Waiters:
+    """A line of 20 requests of 100 tokens each, of which one a second got its place."""
+    made = Waiters(Line(RouterConfig(**config), clock))
+    for number in range(40):
+        await made.add(f"r{number}", Claim(num_tokens=100, deadline=110.0))
+    for _ in range(20):
+        clock.now += 1.0
+        await made.admit(1)
+    return made
+
+
+def test_whoever_would_miss_its_deadline_is_refused_on_arrival() -> None:
+    async def scenario() -> None:
+        clock = Clock()
+        made = await measured(clock)
+        made.line.check_open(Claim(deadline=clock.now + 40.0))
+        with pytest.raises(
+            OverloadedError, match=r"20 requests wait .* would wait about 1\d\.. s and has 10\.0 s"
+        ) as told:
+            made.line.check_open(Claim(deadline=clock.now + 10.0))
+        assert told.value.retry_after_s is not None
+        assert 3.0 < told.value.retry_after_s < 10.0
+        assert made.line.refused == {"deadline": 1}
+        made.line.check_open(Claim(priority=-1, deadline=clock.now + 10.0))  # goes before all others
+        await made.end()
+
+    run(scenario())
+
+
+def test_whoever_would_miss_the_slo_is_refused_on_arrival() -> None:
+    async def scenario() -> None:
+        clock = Clock()
+        made = await measured(clock, ttft_slo_s=10.0)
+        with pytest.raises(OverloadedError, match=r"the router's limit is 10 s; try again in \d+\.\d s") as told:
+            made.line.check_open(Claim())
+        assert told.value.retry_after_s is not None
+        assert 3.0 < told.value.retry_after_s < 10.0
+        assert made.line.refused == {"ttft_slo": 1}
+        await made.end()
+
+    run(scenario())
+
+
+def test_whoever_waits_in_vain_is_refused_as_soon_as_that_is_known() -> None:
+    async def scenario() -> None:
+        clock = Clock()
+        made = await measured(clock)
+        for name, priority, left_s in (("hopeless", 0, 6.0), ("doubtful", 0, 12.0), ("urgent", -1, 8.0)):
+            due = clock.now + left_s
+            await made.add(name, Claim(priority, num_tokens=100, deadline=due, admit_by=due))
+        clock.now += 0.3
+        made.line.news()
+        await asyncio.sleep(0)
+        assert list(made.refusals) == ["hopeless"]
+        assert "try again in" in made.refusals["hopeless"].message
+        await made.end()
+
+    run(scenario())
+
+
+def test_a_tenant_has_a_limit_of_its_own() -> None:
+    async def scenario() -> None:
+        made = Waiters(line_of(tenants={"small": TenantConfig(max_queued=2)}))
+        for number in range(2):
+            await made.add(f"r{number}", Claim(tenant="small"))
+        made.line.check_open(Claim(tenant="other"))
+        with pytest.raises(OverloadedError, match=r"2 requests of tenant small wait .* the limit is 2"):
+            made.line.check_open(Claim(tenant="small"))
+        await made.end()
+
+    run(scenario())
+
+
+def test_a_request_that_lost_its_place_goes_before_all_of_its_class() -> None:
+    async def scenario() -> None:
+        made = Waiters(line_of())
+        with made.line.arrive(Claim(num_tokens=500)) as place:
+            await place.turn(may_refuse=True)
+            place.admitted()
+            await made.add("other", Claim(deadline=1.0))
+            async with asyncio.timeout(1.0):
+                await place.turn(may_refuse=False)
+            place.admitted()
+        await made.end()
+
+    run(scenario())
+
+
+def test_tenants_of_a_flooded_cluster_get_their_shares(model: Path) -> None:
+    async def scenario() -> None:
+        async with cluster(model, behaviour=Behaviour(capacity=0, step_s=0.001)) as made:
+            floods = [asyncio.create_task(made.ask(ask(f"flood{number}", num=4), tenant="a")) for number in range(12)]
+            await eventually(lambda: made.app.stats().queued == 12)
+            others = [asyncio.create_task(made.ask(ask(f"other{number}", num=4), tenant="b")) for number in range(4)]
+            await eventually(lambda: made.app.stats().queued == 16)
+            made.workers["d0"].behaviour.capacity = 1
+            await asyncio.gather(*floods, *others)
+            order = made.workers["d0"].reserved
+            assert [name for name in order[:9] if name.startswith("other")] == [f"other{n}" for n in range(4)]
+            await made.idle()
 
     run(scenario())

@@ -1,0 +1,127 @@
+"""How long a request would wait, whether that is too long, and when to come back. Pure arithmetic over what was seen.
+
+expected wait = tokens that go before it / tokens a second that were admitted of late, while somebody waited
+
+What is little known is taken for better than it looks, so that nobody is sent away for a slow start.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass
+
+MEMORY_S = 10.0
+"""Seconds of waiting after which an admission counts 1/e."""
+MIN_SEEN_S = 1.0
+"""Seconds of waiting before which no rate is known."""
+MIN_ADMISSIONS = 3.0
+"""Admissions of late before which no rate is known."""
+MAX_AHEAD = 20.0
+"""Nothing is said of what lies further ahead than so many times the time that was watched."""
+MAX_RETRY_S = 60.0
+"""Nobody is told to stay away longer."""
+JITTER = 0.25
+"""By how much a retry time is lengthened at most, as a share: those refused together do not come back together."""
+
+
+class AdmissionRate:
+    """Tokens a second that get a place while somebody waits for one. `now` is on any clock that only grows."""
+
+    def __init__(self) -> None:
+        self._tokens = 0.0
+        self._num = 0.0
+        self._waited_s = 0.0
+        self._seen_s = 0.0
+        """Of waiting, ever."""
+        self._at: float | None = None
+        """Up to when it is counted, while somebody waits."""
+
+    def wait(self, now: float, *, is_waiting: bool) -> None:
+        """Somebody waits, or nobody, from now on."""
+        self._count(now)
+        self._at = now if is_waiting else None
+
+    def admitted(self, num_tokens: int, now: float) -> None:
+        """One that waited has its place."""
+        self._count(now)
+        self._tokens += num_tokens
+        self._num += 1
+
+    def per_s(self, now: float) -> float | None:
+        """The rate, larger by the standard error of so many admissions; None while it is not known."""
+        self._count(now)
+        if self._seen_s < MIN_SEEN_S or self._num < MIN_ADMISSIONS:
+            return None
+        return self._tokens / self._waited_s * (1 + 1 / math.sqrt(self._num))
+
+    def wait_s(self, tokens_ahead: float, now: float) -> float | None:
+        """How long it is until so many tokens have got their places; None while that is not known."""
+        return expected_wait_s(tokens_ahead, self.per_s(now), self._seen_s)
+
+    def _count(self, now: float) -> None:
+        if self._at is not None:
+            passed_s = max(0.0, now - self._at)
+            kept = math.exp(-passed_s / MEMORY_S)
+            self._tokens *= kept
+            self._num *= kept
+            self._waited_s = self._waited_s * kept + MEMORY_S * (1 - kept)
+            self._seen_s += passed_s
+            self._at = now
+
+
+class TooLong(enum.Enum):
+    """Why a wait is too long."""
+
+    DEADLINE = "deadline"
+    TTFT_SLO = "ttft_slo"
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What awaits a request."""
+
+    wait_s: float | None
+    """Until it has its place on a worker; None: not known."""
+    first_token_s: float
+    """From there to its first token, as of late."""
+
+    def too_long(self, left_s: float, slo_s: float | None, sureness: float = 1.0) -> TooLong | None:
+        """Why it is too long, with `left_s` to the deadline and `slo_s` to when its first token is due; else None.
+
+        `sureness` below 1 wants the wait to be too long even if it turns out shorter by this factor.
+        """
+        if self.wait_s is None:
+            return None
+        wait_s = self.wait_s * sureness
+        if wait_s >= left_s:
+            return TooLong.DEADLINE
+        return TooLong.TTFT_SLO if slo_s is not None and wait_s + self.first_token_s > slo_s else None
+
+
+def expected_wait_s(tokens_ahead: float, tokens_per_s: float | None, seen_s: float) -> float | None:
+    """Until so many tokens have got their places, by a rate that was watched for so long; None: it is not known."""
+    return min(tokens_ahead / tokens_per_s, MAX_AHEAD * seen_s) if tokens_per_s else None
+
+
+def retry_s(drained_in_s: float | None, least_s: float, chance: float) -> float:
+    """When one that is refused should come again: when the queue has drained enough, and a little later.
+
+    `chance` is a random number from 0 to 1.
+    """
+    wanted_s = least_s if drained_in_s is None else max(least_s, min(drained_in_s, MAX_RETRY_S))
+    return wanted_s * (1 + JITTER * chance)
+
+
+class Usual:
+    """The mean of a quantity as of late: each new value counts a twentieth, the first ones alike."""
+
+    def __init__(self, value: float) -> None:
+        """`value` holds until there is another."""
+        self.value = value
+        self._num = 0
+
+    def observe(self, value: float) -> None:
+        """Count a value."""
+        self._num = min(self._num + 1, 20)
+        self.value += (value - self.value) / self._num
