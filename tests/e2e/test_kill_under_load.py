@@ -56,15 +56,15 @@ def cluster(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     take_down(made)
 
 
-def requests(seed: int = SEED) -> list[pb.GenerateRequest]:
+def requests() -> list[pb.GenerateRequest]:
     """More than all prefix caches hold, so that a prompt that comes again is computed again."""
-    dice = random.Random(seed)
+    dice = random.Random(SEED)
     sampled = {"temperature": 1.0, "top_k": 50}
     return [
         request_of(
-            prompt_of(dice.randint(250, 350), seed=seed + index),
+            prompt_of(dice.randint(250, 350), seed=SEED + index),
             max_tokens=dice.randint(100, 160),
-            **({**sampled, "seed": seed + index} if index % 2 else {}),
+            **({**sampled, "seed": SEED + index} if index % 2 else {}),
         )
         for index in range(NUM_REQUESTS)
     ]
