@@ -130,12 +130,12 @@ async def ask_as_alone(stub: inference_pb2_grpc.InferenceStub, alone, prompts: l
     assert sampled.token_ids == alone(prompts[1], temperature=1.0, top_k=50, seed=3)
 
 
-def with_stub(cluster: Cluster, scenario) -> None:
-    async def main() -> None:
+def with_stub(cluster: Cluster, scenario):
+    async def main():
         async with grpc.aio.insecure_channel(cluster.address) as channel:
-            await scenario(inference_pb2_grpc.InferenceStub(channel))
+            return await scenario(inference_pb2_grpc.InferenceStub(channel))
 
-    asyncio.run(main())
+    return asyncio.run(main())
 
 
 def all_free(members: dict[str, dict]) -> bool:
