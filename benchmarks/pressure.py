@@ -26,9 +26,9 @@ from typing import Any
 import click
 
 from benchmarks.pressure_clients import Asked, LoopJob, Outcome, Processes, run_loop, whole
-from benchmarks.pressure_cluster import left_behind, paced_yaml, router_rss_mib
+from benchmarks.pressure_cluster import Target, paced_yaml, target_of
 from benchmarks.pressure_crowd import SteadyJob, Trouble, TroubleJob, run_steady, run_trouble
-from benchmarks.serve_cluster import Cluster, running
+from benchmarks.serve_cluster import running
 from benchmarks.split_vs_colocated import machine
 from cluster.load_report import Spread, percentile
 
@@ -41,7 +41,6 @@ ANSWER_GRACE_S = 60.0
 QUIET_SHARE = 0.05
 """Of the overload, sent by a process that does little else: its timestamps are the honest ones."""
 GOODPUT_BOUND, REFUSAL_BOUND_MS, ITL_BOUND = 0.90, 10.0, 1.05
-REFUSED = "RESOURCE_EXHAUSTED"
 STEADY_PROMPT, STEADY_OUTPUT = 16, 30_000
 
 
@@ -78,6 +77,8 @@ class Overload:
     goodput_per_s: float
     goodput_of_peak: float
     outcomes: dict[str, int]
+    messages: dict[str, str]
+    """What the first request of each end was told."""
     goodput_by_priority: dict[int, float]
     """Share answered whole of what was sent with each priority."""
     refusal_ms: Spread | None
@@ -109,54 +110,57 @@ class Crowd:
     left_behind: list[str]
 
 
-def overload(cluster: Cluster, processes: Processes, plan: Plan) -> Overload:
+def overload(target: Target, processes: Processes, plan: Plan) -> Overload:
     """Find the peak, then offer more."""
     asked = Asked(prompt_len=plan.prompt_len, output_len=plan.output_len, deadline_s=plan.deadline_s)
     slots = plan.at_once * plan.decode_workers
-    closed = _loop(cluster, asked, plan.peak_s, concurrency=2 * slots)
+    closed = _loop(target, asked, plan.peak_s, concurrency=2 * slots)
     found = processes.submit(run_loop, closed).result(plan.peak_s + ANSWER_GRACE_S).outcomes
-    since, until = closed.begin_at + SETTLE_S, closed.begin_at + plan.peak_s
+    since, until = closed.begin_at + min(SETTLE_S, plan.peak_s / 4), closed.begin_at + plan.peak_s
     peak = len(whole(found, since, until, plan.deadline_s)) / (until - since)
-    left_behind(cluster.run_dir, EMPTY_TIMEOUT_S)
-    before = router_rss_mib(cluster)
+    if not peak:
+        raise click.ClickException(f"no request was answered whole within {plan.deadline_s:g} s: is the machine busy?")
+    target.left_behind(EMPTY_TIMEOUT_S)
+    before = target.router_rss_mib()
     asked = Asked(
         prompt_len=plan.prompt_len, output_len=plan.output_len, deadline_s=plan.deadline_s, priorities=(-1, 0, 0, 1)
     )
     rate = plan.times * peak
-    busy = _loop(cluster, asked, plan.seconds, rate=rate * (1 - QUIET_SHARE), seed=1)
-    still = _loop(cluster, asked, plan.seconds, rate=rate * QUIET_SHARE, seed=2, begin_at=busy.begin_at)
+    busy = _loop(target, asked, plan.seconds, rate=rate * (1 - QUIET_SHARE), seed=1)
+    still = _loop(target, asked, plan.seconds, rate=rate * QUIET_SHARE, seed=2, begin_at=busy.begin_at)
     futures = [processes.submit(run_loop, job) for job in (busy, still)]
     time.sleep(max(0.0, busy.begin_at + plan.seconds - time.monotonic()))
-    during = router_rss_mib(cluster)
+    during = target.router_rss_mib()
     seen = [future.result(plan.deadline_s + ANSWER_GRACE_S) for future in futures]
-    left = left_behind(cluster.run_dir, EMPTY_TIMEOUT_S)
+    left = target.left_behind(EMPTY_TIMEOUT_S)
     outcomes = [outcome for each in seen for outcome in each.outcomes]
     since, until = busy.begin_at + min(plan.deadline_s, plan.seconds / 4), busy.begin_at + plan.seconds
     good = len(whole(outcomes, since, until, plan.deadline_s)) / (until - since)
-    refused = [each for each in outcomes if each.code == REFUSED]
+    refused = [each for each in outcomes if each.is_refusal]
     return Overload(
         peak_per_s=peak,
         offered_per_s=len(outcomes) / plan.seconds,
         goodput_per_s=good,
         goodput_of_peak=good / peak,
         outcomes=dict(Counter(each.code for each in outcomes)),
+        messages={each.code: each.message for each in reversed(outcomes) if each.message},
         goodput_by_priority=_by_priority(outcomes),
         refusal_ms=_refusals_ms(outcomes),
         quiet_refusal_ms=_refusals_ms(seen[1].outcomes),
         with_retry_info=sum(each.has_retry_info for each in refused) / len(refused) if refused else None,
         client_lag_ms_p99=(_p99_ms(seen[0].lags_s), _p99_ms(seen[1].lags_s)),
-        router_rss_mib=(before, during, router_rss_mib(cluster)),
+        router_rss_mib=(before, during, target.router_rss_mib()),
         left_behind=left,
     )
 
 
-def _loop(cluster: Cluster, asked: Asked, seconds: float, *, begin_at: float | None = None, **kind: Any) -> LoopJob:
+def _loop(target: Target, asked: Asked, seconds: float, *, begin_at: float | None = None, **kind: Any) -> LoopJob:
     begin_at = begin_at or time.monotonic() + HEAD_START_S
-    return LoopJob(address=cluster.address, asked=asked, begin_at=begin_at, seconds=seconds, **kind)
+    return LoopJob(address=target.address, asked=asked, begin_at=begin_at, seconds=seconds, **kind)
 
 
 def _refusals_ms(outcomes: Iterable[Outcome]) -> Spread | None:
-    return Spread.of((each.ended - each.sent) * 1e3 for each in outcomes if each.code == REFUSED)
+    return Spread.of((each.ended - each.sent) * 1e3 for each in outcomes if each.is_refusal)
 
 
 def _by_priority(outcomes: Iterable[Outcome]) -> dict[int, float]:
@@ -171,19 +175,19 @@ def _p99_ms(seconds: Iterable[float]) -> float:
     return percentile(sorted(seconds), 99) * 1e3
 
 
-def clients(cluster: Cluster, processes: Processes, plan: Plan) -> Crowd:
+def clients(target: Target, processes: Processes, plan: Plan) -> Crowd:
     """Phases by turns, on one set of streams."""
     total_s = SETTLE_S + 2 * plan.turns * plan.phase_s
     begin_at = time.monotonic() + HEAD_START_S
     until = begin_at + total_s
     steady = Asked(prompt_len=STEADY_PROMPT, output_len=STEADY_OUTPUT, deadline_s=total_s + ANSWER_GRACE_S)
-    job = SteadyJob(address=cluster.address, asked=steady, streams=plan.streams, until=until)
+    job = SteadyJob(address=target.address, asked=steady, streams=plan.streams, until=until)
     streams = processes.submit(run_steady, job)
     begins = [begin_at + SETTLE_S + number * plan.phase_s for number in range(2 * plan.turns)]
     trouble = []
     for number, begin in enumerate(begins[1::2]):
         beside = TroubleJob(
-            address=cluster.address,
+            address=target.address,
             asked=Asked(prompt_len=plan.prompt_len, output_len=STEADY_OUTPUT, deadline_s=total_s),
             begin_at=begin,
             seconds=plan.phase_s,
@@ -194,7 +198,7 @@ def clients(cluster: Cluster, processes: Processes, plan: Plan) -> Crowd:
         trouble.append(processes.submit(run_trouble, beside))
     seen = streams.result(total_s + ANSWER_GRACE_S)
     did = [future.result(ANSWER_GRACE_S) for future in trouble]
-    left = left_behind(cluster.run_dir, EMPTY_TIMEOUT_S)
+    left = target.left_behind(EMPTY_TIMEOUT_S)
     phases = [gaps_ms(seen.arrivals, begin, begin + plan.phase_s) for begin in begins]
     alone, beside_ms = (Spread.of(itertools.chain(*phases[first::2])) for first in (0, 1))
     if alone is None or beside_ms is None:
@@ -279,7 +283,7 @@ def measure(section: str, plan: Plan) -> Overload | Crowd:
     workers = plan.decode_workers if section == "overload" else 1
     content = paced_yaml(step_ms=plan.step_ms, at_once=at_once, decode_workers=workers, router=plan.router())
     with Processes(2) as processes, running(content, _say, timeout_s=START_TIMEOUT_S, name=section) as cluster:
-        return (overload if section == "overload" else clients)(cluster, processes, plan)
+        return (overload if section == "overload" else clients)(target_of(cluster), processes, plan)
 
 
 def _say(text: str) -> None:

@@ -31,7 +31,7 @@ GRACE_S = 5.0
 """How much longer than its deadline a call is waited for: the server shall have the last word."""
 TICK_S = 0.005
 PAUSE_AFTER_REFUSAL_S = 0.05
-VOCAB = range(10, 1000)
+VOCAB = range(10, 390)
 CHANNEL_OPTIONS = (("grpc.use_local_subchannel_pool", 1),)
 """A connection for each channel."""
 
@@ -69,7 +69,15 @@ class Outcome:
     ended: float = 0.0
     code: str = ""
     """OK if it was answered whole, else the status it ended with."""
+    message: str = ""
+    has_tokens: bool = False
+    """Whether any came."""
     has_retry_info: bool = False
+
+    @property
+    def is_refusal(self) -> bool:
+        """Whether the router had no room for it; a stream that was cut off is none."""
+        return self.code == "RESOURCE_EXHAUSTED" and not self.has_tokens
 
 
 @dataclass(slots=True)
@@ -146,6 +154,7 @@ async def _open_loop(call: Call, job: LoopJob, dice: random.Random, seen: Seen) 
         task = asyncio.create_task(_ask(call, priority, request, job.asked.deadline_s, seen))
         running.add(task)
         task.add_done_callback(running.discard)
+    await asyncio.sleep(max(0.0, job.begin_at + job.seconds - time.monotonic()))
     await asyncio.gather(*running)
 
 
@@ -165,10 +174,12 @@ async def _ask(call: Call, priority: int, request: bytes, deadline_s: float, see
     try:
         async for event in call(request, timeout=deadline_s + GRACE_S):
             last = event
+            outcome.has_tokens |= event[0] == TOKENS
         outcome.code = "OK" if last[:1] == bytes([FINISHED]) else "BROKEN"
     except grpc.aio.AioRpcError as error:
         outcome.code = error.code().name
         outcome.ended = time.monotonic()
+        outcome.message = error.details() or ""
         outcome.has_retry_info = has_retry_info(error)
         return
     outcome.ended = time.monotonic()

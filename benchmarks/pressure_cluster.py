@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,21 @@ def paced_yaml(*, step_ms: float, at_once: int, decode_workers: int, router: dic
         "router": {"port": 0, **router},
         "drain_s": DRAIN_S,
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is put under pressure, as the sections see it."""
+
+    address: str
+    left_behind: Callable[[float], list[str]]
+    """What is still held after at most so many seconds; empty if nothing."""
+    router_rss_mib: Callable[[], float]
+
+
+def target_of(cluster: Cluster) -> Target:
+    """A cluster that runs."""
+    return Target(cluster.address, partial(left_behind, cluster.run_dir), partial(router_rss_mib, cluster))
 
 
 def left_behind(run_dir: RunDir, timeout_s: float) -> list[str]:
