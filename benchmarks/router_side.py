@@ -11,7 +11,7 @@ from typing import Literal
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from cluster import logs
+from cluster import grpc_poller, logs
 from engine.config import ModelOptions
 from router.app import RouterApp
 from router.config import RouterConfig
@@ -53,7 +53,8 @@ class RouterSide:
             while self._app.stats().workers.get("ready", 0) < len(workers):  # noqa: ASYNC110 (once, at the start)
                 await asyncio.sleep(0.01)
         gc.collect()
-        gc.freeze()  # as the router's actor does
+        gc.freeze()  # this and the next line as the router's actor does
+        grpc_poller.give_way()
         if self._profile:
             self._profiler = cProfile.Profile()
             self._profiler.enable()

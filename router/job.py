@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from protos import inference_pb2, worker_pb2
 from router.retry import Attempts
@@ -60,8 +61,7 @@ class Job:
         return told
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """New tokens for the client: as many as have come since the last chunk."""
 
     offset: int
