@@ -18,6 +18,7 @@ from router.config import RouterConfig
 from router.store import MemoryStore, WorkerRecord
 
 START_TIMEOUT_S = 30.0
+DRAIN_S = 10.0
 HOUR_S = 3600.0
 VOCAB_SIZE = 300
 Mode = Literal["split", "colocated"]
@@ -65,6 +66,7 @@ class RouterSide:
         if self._profile:
             self._profiler.disable()
             self._profiler.dump_stats(self._profile)
+        await self._app.drain(DRAIN_S)  # of clients that have just left
         self._app.check_integrity()
         await self._app.stop()
         self._log.close()
