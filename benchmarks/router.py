@@ -8,10 +8,12 @@ else, in a process each on the other cores. A step of a worker is one message wi
 
 Rate: one worker has all streams, and takes its next step when the clients have read the step before the last one.
 Latency: steps come at a fixed pace, and each token is timed from just before its worker's write to the client that has
-read it, over both hops, with nothing taken off; once with all streams at one worker, whose step is then a burst, and
-once shared by four whose steps fall between each other's. CPU time is of all threads of the router's process, from the
-first token on; what a core could carry by that is beside what was reached, for where clients and workers have no cores
-of their own they are the limit.
+read it, over both hops. What is added is that less the same from a bare gRPC server that steps and writes in the
+router's place (a difference of quantiles): what the clients themselves take for a burst is in both. Once all streams
+are at one worker, whose step is then a burst; once four workers share them, whose steps fall between each other's.
+
+CPU time is of all threads of the router's process, from the first token on. What a core could carry by that is beside
+what was reached, for where clients and workers have no cores of their own they are the limit.
 """
 
 from __future__ import annotations
@@ -27,14 +29,13 @@ from pathlib import Path
 
 from benchmarks import router_decisions
 from benchmarks.router_clients import ClientsSide, Listened, Load
+from benchmarks.router_direct import DirectSide
+from benchmarks.router_report import MESSAGES_PER_S, Delay, Latency, Rate, Report, Requests, table
 from benchmarks.router_rig import Rig, cores_for, rss_bytes
 from benchmarks.router_side import Mode, RouterSide, make_model
 from benchmarks.router_worker import Pace, WorkersSide
 from benchmarks.transfer_rig import Remote
 
-MESSAGES_PER_S = 20_000
-"""The bound for one router on one core; latency is measured at half of it."""
-P50_MS, P99_MS = 1.0, 5.0
 CALL_TIMEOUT_S = 300.0
 WARM_TOKENS = 100
 WARM_S = 1.0
@@ -57,60 +58,6 @@ class Plan:
     num_workers: int = 4
     """Where latency is measured, after one alone."""
     profile: str = ""
-
-
-@dataclass(frozen=True)
-class Rate:
-    """Tokens of long streams."""
-
-    routers: int
-    messages_per_s: float
-    one_token_share: float
-    """Of all messages."""
-    cpu_us: float
-    """Of the routers, for each message."""
-
-    @property
-    def per_core_s(self) -> float:
-        """Messages that a second of one core carries."""
-        return 1e6 / self.cpu_us
-
-
-@dataclass(frozen=True)
-class Latency:
-    """From a worker's write to the client's read, milliseconds."""
-
-    streams_a_step: int
-    messages_per_s: float
-    p50_ms: float
-    p99_ms: float
-    one_token_share: float
-    cpu_share: float
-    """Of the router's core that was used."""
-
-
-@dataclass(frozen=True)
-class Requests:
-    """Answers of two tokens."""
-
-    mode: str
-    requests_per_s: float
-    cpu_us: float
-    """Of the router, for each request."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """Everything that was measured."""
-
-    cores: int
-    rates: list[Rate]
-    latencies: list[Latency]
-    requests: list[Requests]
-    stream_kib: float
-    """Resident memory of the router for each open stream."""
-    decision_us: float
-    """The median, with all kinds of prompts of 1,000 workers; the worst of the kinds."""
 
 
 @dataclass(frozen=True)
@@ -146,10 +93,22 @@ def scene(mode: Mode, num_routers: int = 1, num_workers: int = 1, profile: str =
         yield made_scene
 
 
+@contextlib.contextmanager
+def direct_scene(num_groups: int) -> Iterator[Scene]:
+    """Clients, and a server that writes to them without a router."""
+    server_cores, load_cores = cores_for(1)
+    with Rig() as rig:
+        reads, writes = rig.pipe()
+        server, pid = rig.begin("server", DirectSide, num_groups, reads, cores=server_cores[0])
+        address = server.call("start")
+        clients, _ = rig.begin("clients", ClientsSide, [address], [pid], writes, cores=load_cores)
+        yield Scene(server, clients, [pid])
+
+
 def measure_rate(plan: Plan, num_routers: int) -> Rate:
-    """As many messages as go through."""
+    """As many messages as go through; of a bare server, where there are no routers."""
     num_tokens = max(WARM_TOKENS, int(plan.seconds * MESSAGES_PER_S / plan.streams))
-    with scene("colocated", num_routers, profile=plan.profile) as made:
+    with scene("colocated", num_routers, profile=plan.profile) if num_routers else direct_scene(1) as made:
         made.workers.call("set_pace", Pace(num_streams=plan.streams))
         load = Load(plan.streams, num_tokens, plan.connections, gives_credit=True)
         listened: Listened = made.clients.call("listen", load, timeout_s=CALL_TIMEOUT_S)
@@ -159,24 +118,37 @@ def measure_rate(plan: Plan, num_routers: int) -> Rate:
 
 def measure_latency(plan: Plan, num_workers: int) -> Latency:
     """At a rate that is given, shared by so many workers."""
+    with scene("colocated", num_workers=num_workers) as made:
+        listened, routed = _delays(plan, made)
+    with direct_scene(num_workers) as made:
+        direct = _delays(plan, made)[1]
+    num_messages, one_share, took_s = _summed(listened)
+    return Latency(
+        streams_a_step=plan.streams // num_workers,
+        messages_per_s=num_messages / took_s,
+        one_token_share=one_share,
+        cpu_share=listened.cpu_s[0] / took_s,
+        routed=routed,
+        direct=direct,
+    )
+
+
+def _delays(plan: Plan, made: Scene) -> tuple[Listened, Delay]:
+    """At a fixed pace; the first tokens are not counted."""
     step_s = plan.streams / plan.messages_per_s
     num_tokens = max(WARM_TOKENS, int(plan.seconds / step_s)) + WARM_TOKENS
-    with scene("colocated", num_workers=num_workers) as made:
-        made.workers.call("set_pace", Pace(num_streams=plan.streams, step_s=step_s))
-        load = Load(plan.streams, num_tokens, plan.connections)
-        listened: Listened = made.clients.call("listen", load, timeout_s=CALL_TIMEOUT_S)
-        sent_at = {worker: times for (worker, _), times in made.workers.call("sent_at").items()}
-    num_messages, one_share, took_s = _summed(listened)
-    taken = sorted(
+    made.workers.call("set_pace", Pace(num_streams=plan.streams, step_s=step_s))
+    load = Load(plan.streams, num_tokens, plan.connections)
+    listened: Listened = made.clients.call("listen", load, timeout_s=CALL_TIMEOUT_S)
+    sent_at = {worker: times for (worker, _), times in made.workers.call("sent_at").items()}
+    taken = [
         came_at - sent_at[heard.worker][offset + index]
         for heard in listened.heard
         for offset, count, came_at in zip(heard.offsets, heard.counts, heard.came_at, strict=True)
         for index in range(count)
         if offset >= WARM_TOKENS
-    )
-    p50, p99 = (1e3 * taken[int(share * len(taken))] for share in (0.5, 0.99))
-    streams_a_step = plan.streams // num_workers
-    return Latency(streams_a_step, num_messages / took_s, p50, p99, one_share, listened.cpu_s[0] / took_s)
+    ]
+    return listened, Delay.of(taken)
 
 
 def _summed(listened: Listened) -> tuple[int, float, float]:
@@ -210,42 +182,12 @@ def measure(plan: Plan) -> Report:
     """Everything, one after the other."""
     return Report(
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        rates=[measure_rate(plan, 1), measure_rate(plan, 2)],
+        rates=[measure_rate(plan, num) for num in (0, 1, 2)],
         latencies=[measure_latency(plan, 1), measure_latency(plan, plan.num_workers)],
         requests=[measure_requests(plan, "colocated"), measure_requests(plan, "split")],
         stream_kib=measure_memory(plan),
         decision_us=max(choices.p50 for choices in router_decisions.measure(1000, 1_000_000).choices),
     )
-
-
-def table(report: Report) -> str:
-    """Markdown."""
-    lines = [
-        "| measured | reached | router's CPU | by that, per core-second | bound |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for rate in report.rates:
-        which = "1 router" if rate.routers == 1 else f"{rate.routers} routers at once"
-        lines.append(
-            f"| messages/s, {which}, {rate.one_token_share:.1%} of one token | {rate.messages_per_s:,.0f} "
-            f"| {rate.cpu_us:.1f} µs each | {rate.per_core_s:,.0f} | {rate.routers * MESSAGES_PER_S:,} |"
-        )
-    for late in report.latencies:
-        pace = f"{late.messages_per_s:,.0f} messages/s, {late.streams_a_step} a step"
-        for name, value, bound in (("p50", late.p50_ms, P50_MS), ("p99", late.p99_ms, P99_MS)):
-            share = f"{late.cpu_share:.0%} of a core"
-            lines.append(
-                f"| worker's write to client's read, {pace}: {name} | {value:.2f} ms | {share} | | {bound:g} ms |"
-            )
-    for requests in report.requests:
-        lines.append(
-            f"| requests/s of 2 tokens, {requests.mode} | {requests.requests_per_s:,.0f} "
-            f"| {requests.cpu_us:,.0f} µs each | {1e6 / requests.cpu_us:,.0f} | |"
-        )
-    lines.append(f"| memory for each open stream | {report.stream_kib:.0f} KiB | | | |")
-    bound = f"{router_decisions.TARGET_US:.0f} µs"
-    lines.append(f"| a choice among 1,000 workers, p50 | {report.decision_us:.0f} µs | | | {bound} |")
-    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -274,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _only(plan: Plan, what: str) -> list[object]:
     match what:
         case "rate":
-            return [asdict(measure_rate(plan, 1))]
+            return [asdict(measure_rate(plan, num)) for num in range(2)]
         case "latency":
             return [asdict(measure_latency(plan, num)) for num in (1, plan.num_workers)]
         case "requests":

@@ -11,13 +11,14 @@ from typing import Literal
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from cluster import logs
+from cluster import grpc_poller, logs
 from engine.config import ModelOptions
 from router.app import RouterApp
 from router.config import RouterConfig
 from router.store import MemoryStore, WorkerRecord
 
 START_TIMEOUT_S = 30.0
+DRAIN_S = 10.0
 HOUR_S = 3600.0
 VOCAB_SIZE = 300
 Mode = Literal["split", "colocated"]
@@ -53,7 +54,8 @@ class RouterSide:
             while self._app.stats().workers.get("ready", 0) < len(workers):  # noqa: ASYNC110 (once, at the start)
                 await asyncio.sleep(0.01)
         gc.collect()
-        gc.freeze()  # as the router's actor does
+        gc.freeze()  # this and the next line as the router's actor does
+        grpc_poller.give_way()
         if self._profile:
             self._profiler = cProfile.Profile()
             self._profiler.enable()
@@ -64,6 +66,7 @@ class RouterSide:
         if self._profile:
             self._profiler.disable()
             self._profiler.dump_stats(self._profile)
+        await self._app.drain(DRAIN_S)  # of clients that have just left
         self._app.check_integrity()
         await self._app.stop()
         self._log.close()

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cluster import metrics, pairs
+from cluster import grpc_poller, metrics, pairs
 from cluster.config import ClusterConfig, PoolConfig, from_plain
 from cluster.front import FrontOptions, FrontState, WorkerFront
 from cluster.loop_thread import LoopThread
@@ -304,6 +304,7 @@ class RouterActor:
         self._metrics = metrics.serve([collector], host=observability.metrics_host, port=port)
         self._app, self._address = self._loop.run(_make_router(spec, config, secret, self._metrics.address), START_S)
         gc.freeze()
+        grpc_poller.give_way()
         on_sigterm(self._on_sigterm)
 
     def ready(self) -> dict[str, Any]:

@@ -153,10 +153,11 @@ class Attempt:
         else:
             self.state = AttemptState.PREFILLING
             self._job.awaited = f"the first token of worker {self._prefill.info.label}"
+        take, absorb, next_chunk = self._inbox.take, self._absorb, self._next_chunk
         while True:
-            for event in await self._inbox.take():
-                self._absorb(event)
-            chunk = self._next_chunk()
+            for event in await take():
+                absorb(event)
+            chunk = next_chunk()
             if chunk is not None and (ending := await emit(chunk)) is not None:
                 return ending
             if self._failure is not None:

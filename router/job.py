@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from protos import inference_pb2, worker_pb2
 from router.info import WorkerInfo
@@ -82,8 +83,7 @@ class Job:
         return told
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """New tokens for the client: as many as have come since the last chunk."""
 
     offset: int

@@ -5,7 +5,8 @@ import os
 import pytest
 
 from benchmarks import router
-from benchmarks.router import Latency, Plan, Rate, Report, Requests, table
+from benchmarks.router import Plan
+from benchmarks.router_report import Delay, Latency, Rate, Report, Requests, table
 from benchmarks.router_rig import cores_for, cpu_s, rss_bytes
 
 PLAN = Plan(
@@ -20,9 +21,10 @@ def _short(monkeypatch):
     monkeypatch.setattr(router, "MESSAGES_PER_S", 400)
 
 
-def test_rate_of_two_routers():
-    rate = router.measure_rate(PLAN, 2)
-    assert rate.routers == 2
+@pytest.mark.parametrize("num_routers", [0, 2])
+def test_rate(num_routers):
+    rate = router.measure_rate(PLAN, num_routers)
+    assert rate.routers == num_routers
     assert rate.messages_per_s > 0
     assert 0 < rate.one_token_share <= 1
     assert 0 < rate.cpu_us < 1e5
@@ -32,7 +34,8 @@ def test_latency_and_its_pace():
     late = router.measure_latency(PLAN, 2)
     assert late.streams_a_step == 2
     assert late.messages_per_s < 800, "steps are not sooner than they are due"
-    assert 0 < late.p50_ms <= late.p99_ms
+    assert 0 < late.routed.p50_ms <= late.routed.p99_ms
+    assert 0 < late.direct.p50_ms <= late.direct.p99_ms
 
 
 @pytest.mark.parametrize("mode", ["colocated", "split"])
@@ -47,13 +50,14 @@ def test_memory_of_open_streams():
 
 
 def test_table_says_what_the_bounds_are():
-    late = Latency(4, 10_000, 0.9, 4.0, 1.0, 0.5)
-    report = Report(8, [Rate(1, 21_000, 1.0, 40.0)], [late], [Requests("split", 900, 1000.0)], 43.0, 188.0)
-    lines = table(report).splitlines()
-    assert lines[2] == "| messages/s, 1 router, 100.0% of one token | 21,000 | 40.0 µs each | 25,000 | 400 |"
-    assert "| 0.90 ms |" in lines[3]
-    assert lines[3].endswith("| 1 ms |")
-    assert len(lines) == 2 + 1 + 2 + 1 + 2
+    late = Latency(4, 10_000, 1.0, 0.5, routed=Delay(1.0, 4.5), direct=Delay(0.25, 1.5))
+    rates = [Rate(0, 30_000, 1.0, 25.0), Rate(1, 21_000, 1.0, 40.0)]
+    lines = table(Report(8, rates, [late], [Requests("split", 900, 1000.0)], 43.0, 188.0)).splitlines()
+    assert lines[3] == "| messages/s, 1 router, 100.0% of one token | 21,000 | 40.0 µs each | 25,000 | 20,000 |"
+    assert "| 0.75 ms (1.00 - 0.25) |" in lines[4]
+    assert lines[4].endswith("| 1 ms |")
+    assert "| 3.00 ms (4.50 - 1.50) |" in lines[5]
+    assert len(lines) == 2 + 2 + 2 + 1 + 2
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/schedstat"), reason="Linux tells")
