@@ -217,7 +217,7 @@ class DecodeWorker:
             entry.timing.first_step_s = now - entry.ready_at
         else:
             first_step_at = sequence.first_step_at or now
-            entry.timing.queue_s = first_step_at - sequence.arrival
+            entry.timing.queue_s = first_step_at - sequence.came_at
             entry.timing.prefill_s = now - first_step_at
         return entry.timing
 

@@ -87,6 +87,9 @@ class GenerateRequest:
     """Seconds left on arrival."""
     resume_from: tuple[int, ...] = ()
     """Tokens emitted by earlier attempts; generation goes on after them."""
+    age_s: float = 0.0
+    """Seconds since its first arrival at a router, when it arrives here: of those alike in priority the oldest is
+    served first, and preempted last, however often it had to begin anew."""
 
 
 @dataclass(frozen=True, slots=True)

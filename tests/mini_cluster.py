@@ -40,6 +40,7 @@ class Shape:
     colocated: bool = False
     cache: CacheOptions = field(default_factory=lambda: CacheOptions(block_size=16, num_blocks=256))
     options: EngineOptions = field(default_factory=lambda: EngineOptions(max_step_tokens=64, max_running=32))
+    decode: DecodeOptions = field(default_factory=DecodeOptions)
     transfer: TransferConfig = field(default_factory=TransferConfig)
     router: RouterConfig = field(default_factory=lambda: RouterConfig(port=0))
 
@@ -100,7 +101,7 @@ class MiniCluster:
             role=role,
             model_name=shape.model.name or engine.runner.source.name,
             max_running=shape.options.max_running,
-            decode=DecodeOptions(),
+            decode=shape.decode,
             transfer=shape.transfer,
             secret=SECRET,
             socket_path=socket_path,
