@@ -165,6 +165,9 @@ class HostSession:
             stats.lost_peers = transfer.lost_peers
             stats.slow_pairs = transfer.slow_pairs
             stats.retired_pairs = transfer.retired_pairs
+            room = decode.room_left
+            stats.free_places, stats.unpromised_blocks = room.places, room.blocks
+            stats.expected_answer_tokens = room.expected_answer_tokens
         return stats
 
     def pairs(self) -> list[pb.PairInfo]:
@@ -248,7 +251,7 @@ class HostSession:
         self._engine.pool.log = BlockLog(self._engine.pool.contents())
         self._engine.loop.step_hook = self._before_step
         self._engine.loop.on_step = self._after_step
-        self._flush()
+        self._flush(is_news=True)
 
     def _leave_loop(self) -> None:
         self._engine.pool.log = None
@@ -284,6 +287,8 @@ class HostSession:
         """Say what there is to say, and the statistics with it; `is_news`: those in any case."""
         blocks = self._engine.pool.log.take() if self._engine.pool.log is not None else None
         if self._outbox or is_news or blocks is not None:
+            if self._decode is not None:
+                self._decode.look_for_room()
             outputs = [pb.RouterOutputs(router_id=name, outputs=items) for name, items in self._outbox.items()]
             self._outbox = {}
             self._send(pb.EngineEvent(step=pb.StepEvent(outputs=outputs, stats=self.stats(), blocks=blocks)))
@@ -308,11 +313,13 @@ class HostSession:
             )
             found = worker.abort(abort.request_id, abort.attempt, abort.reason)
             self._reply(call_id, pb.EngineReply(abort=pb.AbortReply(found=found)))
+            self._flush(is_news=found)
         elif kind == "adopt":
             self._answer(call_id, lambda: pb.EngineReply(adopt=pb.AdoptReply(found=decode.adopt(command.adopt))))
         elif kind == "router_gone":
             prefill.router_gone(command.router_gone.router_id)
             decode.router_gone(command.router_gone.router_id)
+            self._flush(is_news=True)
         elif kind == "drain":  # the front takes nothing new: all it ever asked for is counted here
             self._reply(call_id, pb.EngineReply(stats=self.stats()))
         elif kind == "check":

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from engine.errors import CapacityError
 from engine.sequence import Sequence
 
+MAX_ANSWER_TOKENS = 1_000_000
+"""More than any answer has."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Room:
@@ -42,6 +45,26 @@ def check_room(room: Room, candidate: Sequence, num_new_blocks: int, admitted: I
         raise CapacityError(
             f"{needed} KV blocks needed, {room.free_blocks} are free and {growth} of them promised to running requests"
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoomLeft:
+    """What a worker could still promise."""
+
+    places: int = 0
+    """Requests."""
+    blocks: int = 0
+    expected_answer_tokens: int = 0
+    """What a new answer is taken to grow to."""
+
+
+def left_in(room: Room, admitted: Iterable[Sequence]) -> RoomLeft:
+    """What could still be promised, beside those who were admitted."""
+    return RoomLeft(
+        places=max(0, room.max_admitted - room.num_admitted),
+        blocks=max(0, room.free_blocks - promised_blocks(room, admitted)),
+        expected_answer_tokens=math.ceil(room.expected_answer(0, MAX_ANSWER_TOKENS) * room.answer_margin),
+    )
 
 
 def promised_blocks(room: Room, admitted: Iterable[Sequence]) -> int:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 
+from decode_pool.credits import share_out
 from engine.block_log import BlockChanges, BlockMirror
 from engine.ipc import EngineGoneError
 from engine.link import EngineLink
@@ -30,6 +32,8 @@ STATS_LAG_S = 0.1
 """A router hears this soon of statistics that have changed, if not with tokens before."""
 ROUTER_SILENCE_S = 10.0
 """A router that sends no heartbeat for so long is gone."""
+TURN_S = 0.05
+"""So long a router has the places that cannot be shared out evenly, before they are the next one's."""
 MIN_KEPT_KEYS = 4096
 """Of a router that does not read, no more block events are kept than twice what a snapshot has, and so many."""
 MAX_QUEUED_EVENTS = 10_000
@@ -67,6 +71,8 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         self._link = link
         self._attached: dict[str, _Attached] = {}
         self._mirror = BlockMirror()
+        self._num_promised = 0
+        """Requests that were promised room since the statistics were taken."""
 
     def on_step(self, step: pb.StepEvent) -> None:
         """Pass one engine step's tokens on, one message per router; the others hear of its statistics soon."""
@@ -76,6 +82,8 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
                 attached.blocks.add(step.blocks)
                 if len(attached.blocks) > 2 * len(self._mirror) + MIN_KEPT_KEYS:
                     attached.blocks.add(self._mirror.snapshot())
+        self._num_promised = 0
+        shares = self._shares()
         behind = dict(self._attached)
         for outputs in step.outputs:
             router = behind.pop(outputs.router_id, None)
@@ -87,6 +95,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
                 self._detach(router)
             else:
                 event = pb.AttachEvent(outputs=outputs.outputs, stats=step.stats, draining=self.draining)
+                event.credits.CopyFrom(shares[router.router_id])
                 event.MergeFrom(pb.AttachEvent(blocks=router.blocks.take()))
                 router.queue.put_nowait(event)
         for attached in behind.values():
@@ -120,6 +129,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
                 stats=self._link.stats,
                 draining=self.draining,
                 blocks=self._mirror.snapshot(),
+                credits=self._shares().get(router.router_id),
             )
             while (event := await self._next_event(router)) is not None:
                 yield event
@@ -150,6 +160,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             raise
         if reply.WhichOneof("result") == "error":
             await refuse(context, reply.error)
+        self._num_promised += 1
         asyncio.get_running_loop().call_soon(_log_reserved, request, reply.reserve)  # once it is on its way
         return reply.reserve
 
@@ -201,7 +212,23 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             draining=self.draining,
             blocks=router.blocks.take(),
             pair_bytes_per_s=self._link.pair_bytes_per_s,
+            credits=self._shares().get(router.router_id),
         )
+
+    def _shares(self) -> dict[str, pb.Credits]:
+        """What each router may ask for; whose turn it is to get what is left over changes now and then."""
+        stats, num_routers = self._link.stats, len(self._attached)
+        if not num_routers:
+            return {}
+        num_open = self._link.description.max_running - stats.free_places
+        usual = (stats.num_blocks - stats.unpromised_blocks) / num_open if num_open > 0 else 1.0
+        turn = int(time.monotonic() / TURN_S)
+        places = max(0, stats.free_places - self._num_promised)
+        shares = share_out(places, stats.unpromised_blocks, usual, num_routers, turn)
+        return {
+            name: pb.Credits(requests=share.requests, blocks=share.blocks)
+            for name, share in zip(self._attached, shares, strict=True)
+        }
 
     async def _next_event(self, router: _Attached) -> pb.AttachEvent | None:
         """The next step's tokens, or the stats when there are none for a while; None at the end."""

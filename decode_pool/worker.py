@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from decode_pool.admission import Room, check_room
+from decode_pool.admission import Room, RoomLeft, check_room, left_in
 from decode_pool.answer_lengths import AnswerLengths
 from decode_pool.config import DecodeOptions
 from decode_pool.kv_intake import KVIntake
@@ -30,6 +30,9 @@ from kv_transfer.ticket import ReceivedKV
 from protos import worker_pb2 as pb
 
 log = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 0.1
+"""How often it is looked at what can still be promised, if no request comes or goes."""
 
 Emit = Callable[[str, pb.TokenOutput], None]
 """emit(router_id, output): collects what this step says to a router."""
@@ -57,6 +60,10 @@ class DecodeWorker:
         self._name = name
         self._emit = emit
         self._lengths = AnswerLengths(options.predicted_answer_tokens)
+        self.room_left = RoomLeft()
+        """What could be promised when that was looked at last; any thread may read it."""
+        self._looked_at = (0.0, -1)
+        """When that was, and how many requests were open."""
         self._running: dict[Key, _Running] = {}
         self._intake = KVIntake(engine, node, on_ready=self._join, on_failed=self._failed)
         self._orphans = Orphans(options.orphan_grace_s)
@@ -157,6 +164,14 @@ class DecodeWorker:
             whole.finish, whole.reason = message.finish, message.reason
             self._orphans.ended(_key(sequence), whole)
 
+    def look_for_room(self) -> None:
+        """See what can still be promised: at once when a request came or went, else now and then."""
+        now, num_open = time.monotonic(), self.num_open()
+        if num_open == self._looked_at[1] and now < self._looked_at[0] + LOOK_EVERY_S:
+            return
+        self._looked_at = (now, num_open)
+        self.room_left = left_in(self._room(), self._sequences())
+
     def holders(self) -> list[Sequence]:
         """Sequences that hold blocks beyond those the scheduler knows."""
         return self._intake.sequences()
@@ -179,19 +194,21 @@ class DecodeWorker:
         scheduler.take_prefix(sequence)
         try:
             missing = scheduler.num_blocks_for(sequence.num_tokens + 1) - len(sequence.block_ids)
-            room = Room(
-                free_blocks=pool.num_free,
-                block_size=scheduler.block_size,
-                num_admitted=self.num_open(),
-                max_admitted=self._max_running,
-                expected_answer=self._lengths.expected,
-                answer_margin=self._options.answer_margin,
-            )
-            check_room(room, sequence, missing, self._sequences())
+            check_room(self._room(), sequence, missing, self._sequences())
             sequence.block_ids += pool.allocate(missing)
         except CapacityError:
             scheduler.release(sequence)
             raise
+
+    def _room(self) -> Room:
+        return Room(
+            free_blocks=self._engine.pool.num_free,
+            block_size=self._engine.scheduler.block_size,
+            num_admitted=self.num_open(),
+            max_admitted=self._max_running,
+            expected_answer=self._lengths.expected,
+            answer_margin=self._options.answer_margin,
+        )
 
     def _end(self, sequence: Sequence, reason: str) -> bool:
         if _key(sequence) not in self._running:
@@ -259,7 +276,7 @@ class DecodeWorker:
             entry.timing.first_step_s = now - entry.ready_at
         else:
             first_step_at = sequence.first_step_at or now
-            entry.timing.queue_s = first_step_at - sequence.arrival
+            entry.timing.queue_s = first_step_at - sequence.came_at
             entry.timing.prefill_s = now - first_step_at
         return entry.timing
 

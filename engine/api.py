@@ -89,6 +89,9 @@ class GenerateRequest:
     """Tokens emitted by earlier attempts; generation goes on after them."""
     resumable: bool = False
     """Whether it runs on for a while when whoever asked is gone."""
+    age_s: float = 0.0
+    """Seconds since its first arrival at a router, when it arrives here: of those alike in priority the oldest is
+    served first, and preempted last, however often it had to begin anew."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -331,9 +331,10 @@ class Scheduler:
             hashes += block_hashes(sequence.token_ids[start:stop], size, parent)
 
 
-def _order(sequence: Sequence) -> tuple[int, float]:
-    """Lower goes first: priority, then age since first arrival."""
-    return (sequence.request.priority, sequence.arrival)
+def _order(sequence: Sequence) -> tuple[int, float, str, int]:
+    """Lower goes first: priority, then age since first arrival. No two are alike, or each could wait for the other."""
+    request = sequence.request
+    return (request.priority, sequence.arrival, request.request_id, request.attempt)
 
 
 def _count_as_done(share: ScheduledSequence) -> None:

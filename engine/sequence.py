@@ -35,7 +35,7 @@ class Sequence:
     token_ids: list[int]
     """Prompt, then what was generated (by earlier attempts too), then PENDING for each step under way that samples."""
     arrival: float
-    """Monotonic seconds of the first arrival; survives preemption."""
+    """Monotonic seconds of the request's first arrival at a router; survives preemption and new attempts."""
     num_computed_tokens: int = 0
     """Tokens whose KV lies in this sequence's blocks, or will when the steps under way are done."""
     num_pending: int = 0
@@ -60,8 +60,14 @@ class Sequence:
 
     @classmethod
     def from_request(cls, request: GenerateRequest, arrival: float) -> Sequence:
-        """A sequence that has computed nothing yet."""
-        return cls(request=request, token_ids=[*request.prompt_token_ids, *request.resume_from], arrival=arrival)
+        """A sequence that has computed nothing yet; `arrival` is its arrival here, on a monotonic clock."""
+        token_ids = [*request.prompt_token_ids, *request.resume_from]
+        return cls(request=request, token_ids=token_ids, arrival=arrival - request.age_s)
+
+    @property
+    def came_at(self) -> float:
+        """Monotonic seconds of its arrival here."""
+        return self.arrival + self.request.age_s
 
     @property
     def num_tokens(self) -> int:

@@ -10,6 +10,8 @@ from engine.errors import InvalidRequestError
 from protos import inference_pb2, worker_pb2
 
 _NO_LOGPROBS = -1
+MAX_AGE_S = 366 * 86400.0
+"""No request is older."""
 
 _FINISH_TO_WIRE = {
     None: worker_pb2.ENGINE_FINISH_NONE,
@@ -72,6 +74,7 @@ def request_to_wire(request: GenerateRequest) -> worker_pb2.EngineRequest:
         deadline_s=deadline_s,
         resume_from=request.resume_from,
         resumable=request.resumable,
+        age_s=request.age_s,
     )
 
 
@@ -90,6 +93,7 @@ def request_from_wire(message: worker_pb2.EngineRequest) -> GenerateRequest:
         deadline_s=message.deadline_s or None,
         resume_from=tuple(message.resume_from),
         resumable=message.resumable,
+        age_s=min(message.age_s, MAX_AGE_S) if message.age_s > 0 else 0.0,
     )
 
 

@@ -233,7 +233,7 @@ class PrefillWorker:
             pb.PrefillReply(
                 first=first,
                 cached_tokens=min(sequence.num_cached_tokens, sequence.num_prompt_tokens),
-                queue_s=sequence.first_step_at - sequence.arrival,
+                queue_s=sequence.first_step_at - sequence.came_at,
                 prefill_s=time.monotonic() - sequence.first_step_at,
             )
         )

@@ -56,7 +56,7 @@ class SamplingParams(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., seed: _Optional[int] = ..., logprobs: _Optional[int] = ..., ignore_eos: _Optional[bool] = ...) -> None: ...
 
 class EngineRequest(_message.Message):
-    __slots__ = ("request_id", "attempt", "prompt_token_ids", "params", "priority", "deadline_s", "resume_from", "resumable")
+    __slots__ = ("request_id", "attempt", "prompt_token_ids", "params", "priority", "deadline_s", "resume_from", "resumable", "age_s")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -65,6 +65,7 @@ class EngineRequest(_message.Message):
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     RESUME_FROM_FIELD_NUMBER: _ClassVar[int]
     RESUMABLE_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -73,7 +74,8 @@ class EngineRequest(_message.Message):
     deadline_s: float
     resume_from: _containers.RepeatedScalarFieldContainer[int]
     resumable: bool
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., params: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_s: _Optional[float] = ..., resume_from: _Optional[_Iterable[int]] = ..., resumable: _Optional[bool] = ...) -> None: ...
+    age_s: float
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., params: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_s: _Optional[float] = ..., resume_from: _Optional[_Iterable[int]] = ..., resumable: _Optional[bool] = ..., age_s: _Optional[float] = ...) -> None: ...
 
 class WorkerIdentity(_message.Message):
     __slots__ = ("worker_id", "epoch")
@@ -312,7 +314,7 @@ class DecodeTiming(_message.Message):
     def __init__(self, transfer_tail_s: _Optional[float] = ..., transfer_busy_s: _Optional[float] = ..., transfer_bytes: _Optional[int] = ..., first_step_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ...) -> None: ...
 
 class WorkerStats(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_reserved", "free_blocks", "num_blocks", "waiting_tokens", "open_tickets", "steps", "computed_tokens", "cached_tokens", "preemptions", "sent_bytes", "received_bytes", "digest_mismatches", "generated_tokens", "findable_blocks", "open_sends", "num_pairs", "lost_peers", "slow_pairs", "retired_pairs", "prompt_tokens_per_s")
+    __slots__ = ("num_running", "num_waiting", "num_reserved", "free_blocks", "num_blocks", "waiting_tokens", "open_tickets", "steps", "computed_tokens", "cached_tokens", "preemptions", "sent_bytes", "received_bytes", "digest_mismatches", "generated_tokens", "findable_blocks", "open_sends", "num_pairs", "lost_peers", "slow_pairs", "retired_pairs", "prompt_tokens_per_s", "free_places", "unpromised_blocks", "expected_answer_tokens")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_RESERVED_FIELD_NUMBER: _ClassVar[int]
@@ -335,6 +337,9 @@ class WorkerStats(_message.Message):
     SLOW_PAIRS_FIELD_NUMBER: _ClassVar[int]
     RETIRED_PAIRS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    FREE_PLACES_FIELD_NUMBER: _ClassVar[int]
+    UNPROMISED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_ANSWER_TOKENS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_reserved: int
@@ -357,7 +362,18 @@ class WorkerStats(_message.Message):
     slow_pairs: int
     retired_pairs: int
     prompt_tokens_per_s: float
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_reserved: _Optional[int] = ..., free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., open_tickets: _Optional[int] = ..., steps: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., digest_mismatches: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., findable_blocks: _Optional[int] = ..., open_sends: _Optional[int] = ..., num_pairs: _Optional[int] = ..., lost_peers: _Optional[int] = ..., slow_pairs: _Optional[int] = ..., retired_pairs: _Optional[int] = ..., prompt_tokens_per_s: _Optional[float] = ...) -> None: ...
+    free_places: int
+    unpromised_blocks: int
+    expected_answer_tokens: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_reserved: _Optional[int] = ..., free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., open_tickets: _Optional[int] = ..., steps: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., digest_mismatches: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., findable_blocks: _Optional[int] = ..., open_sends: _Optional[int] = ..., num_pairs: _Optional[int] = ..., lost_peers: _Optional[int] = ..., slow_pairs: _Optional[int] = ..., retired_pairs: _Optional[int] = ..., prompt_tokens_per_s: _Optional[float] = ..., free_places: _Optional[int] = ..., unpromised_blocks: _Optional[int] = ..., expected_answer_tokens: _Optional[int] = ...) -> None: ...
+
+class Credits(_message.Message):
+    __slots__ = ("requests", "blocks")
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    requests: int
+    blocks: int
+    def __init__(self, requests: _Optional[int] = ..., blocks: _Optional[int] = ...) -> None: ...
 
 class PairInfo(_message.Message):
     __slots__ = ("peer", "direction", "state", "transport", "latency_s", "bytes_per_s", "is_slow")
@@ -392,20 +408,22 @@ class BlockEvents(_message.Message):
     def __init__(self, after: _Optional[int] = ..., number: _Optional[int] = ..., stored: _Optional[_Iterable[int]] = ..., evicted: _Optional[_Iterable[int]] = ..., is_snapshot: _Optional[bool] = ...) -> None: ...
 
 class AttachEvent(_message.Message):
-    __slots__ = ("description", "outputs", "stats", "draining", "blocks", "pair_bytes_per_s")
+    __slots__ = ("description", "outputs", "stats", "draining", "blocks", "pair_bytes_per_s", "credits")
     DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     PAIR_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    CREDITS_FIELD_NUMBER: _ClassVar[int]
     description: WorkerDescription
     outputs: _containers.RepeatedCompositeFieldContainer[TokenOutput]
     stats: WorkerStats
     draining: bool
     blocks: BlockEvents
     pair_bytes_per_s: float
-    def __init__(self, description: _Optional[_Union[WorkerDescription, _Mapping]] = ..., outputs: _Optional[_Iterable[_Union[TokenOutput, _Mapping]]] = ..., stats: _Optional[_Union[WorkerStats, _Mapping]] = ..., draining: _Optional[bool] = ..., blocks: _Optional[_Union[BlockEvents, _Mapping]] = ..., pair_bytes_per_s: _Optional[float] = ...) -> None: ...
+    credits: Credits
+    def __init__(self, description: _Optional[_Union[WorkerDescription, _Mapping]] = ..., outputs: _Optional[_Iterable[_Union[TokenOutput, _Mapping]]] = ..., stats: _Optional[_Union[WorkerStats, _Mapping]] = ..., draining: _Optional[bool] = ..., blocks: _Optional[_Union[BlockEvents, _Mapping]] = ..., pair_bytes_per_s: _Optional[float] = ..., credits: _Optional[_Union[Credits, _Mapping]] = ...) -> None: ...
 
 class StartEngine(_message.Message):
     __slots__ = ("identity",)

@@ -32,6 +32,8 @@ from router.wait_forecast import AdmissionRate, Outlook, TooLong, Usual, retry_s
 
 EARMARK_AFTER = 3
 """Tries without success after which the head stays the head of its class."""
+INSIST_EVERY_S = 1.0
+"""How often such a one may ask workers for more than they share out."""
 LOOK_EVERY_S = 0.25
 """How often it is looked at who of those that wait cannot be served in time, at most."""
 DOUBT = 0.5
@@ -226,6 +228,7 @@ class Place:
         self._seen = 0
         self._had_place = False
         self._num_refusals = 0
+        self._insist_at = line.clock() + INSIST_EVERY_S
         self._woken: asyncio.Future[OverloadedError | None] | None = None
 
     def __enter__(self) -> Place:
@@ -241,6 +244,15 @@ class Place:
     def is_earmarked(self) -> bool:
         """Whether it was refused so often that nobody of its class may overtake it."""
         return self._num_refusals >= EARMARK_AFTER
+
+    def may_insist(self) -> bool:
+        """Whether it may now ask workers beyond their credits; an earmarked one now and then, or it could wait for
+        ever for a share that is large enough."""
+        now = self._line.clock()
+        if not self.is_earmarked or now < self._insist_at:
+            return False
+        self._insist_at = now + INSIST_EVERY_S
+        return True
 
     async def turn(self, *, may_refuse: bool) -> None:
         """Return when this request may try: at once, unless others wait ahead of it."""

@@ -60,7 +60,8 @@ class Dispatcher:
             while True:
                 job.awaited = "a place in the line"
                 await place.turn(may_refuse=not job.emitted)
-                route = await self._route(job, full, since=max(arrived, job.attempts.failed_at))
+                since = max(arrived, job.attempts.failed_at)
+                route = await self._route(job, full, since, insists=place.may_insist())
                 if route is None:
                     full = frozenset()
                     job.awaited = "room on a worker, all are full"
@@ -146,7 +147,7 @@ class Dispatcher:
         prefill = self._fleet.link(route.prefill) if route.prefill is not None else None
         return Attempt(job, self._fleet.link(route.decode), prefill, route.reason, context, number)
 
-    async def _route(self, job: Job, full: frozenset[WorkerLife], since: float) -> Route | None:
+    async def _route(self, job: Job, full: frozenset[WorkerLife], since: float, *, insists: bool) -> Route | None:
         """A route; None if there are workers but all are full.
 
         UnavailableError if there are none, and neither since `since` (on the loop's clock) nor since the last
@@ -157,10 +158,18 @@ class Dispatcher:
             seen = self._fleet.changed.version
             tokens = job.prompt_token_ids + job.emitted if job.emitted else job.prompt_token_ids
             prefix = self._chooser.find_prefix(tokens)
-            demand = Demand(job.num_tokens, job.attempts.excluded, full, job.attempts.avoided, prefix)
+            demand = Demand(
+                job.num_tokens,
+                job.attempts.excluded,
+                full,
+                job.attempts.avoided,
+                prefix,
+                answer_tokens=job.params.max_tokens - len(job.emitted),
+                insists=insists,
+            )
             if (route := self._chooser.choose(demand)) is not None:
                 return route
-            if full and self._chooser.choose(replace(demand, full=frozenset())) is not None:
+            if self._chooser.choose(replace(demand, full=frozenset(), insists=True)) is not None:
                 return None
             left_s = max(since, self._fleet.changed_at) + self._config.no_worker_grace_s - loop.time()
             if left_s <= 0:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from protos import worker_pb2
+from router.credit import Credit, blocks_needed
 
 
 class WorkerState(enum.Enum):
@@ -55,6 +56,8 @@ class WorkerInfo:
     """Requests this router has in this worker's decode craft."""
     prefill_tokens: int = 0
     """Prompt tokens this router waits for in this worker's prefill craft."""
+    credit: Credit = field(default_factory=Credit)
+    """What this router may still ask it for."""
     _sized: worker_pb2.WorkerDescription | None = None
     _size: tuple[int, int] = (0, 0)
 
@@ -110,6 +113,11 @@ class WorkerInfo:
     def kv_token_bytes(self) -> int:
         """Bytes of one token's KV."""
         return self._sizes()[1]
+
+    def blocks_for(self, num_tokens: int, answer_tokens: int, held: int = 0) -> int:
+        """Blocks it would have to promise for a request, as far as it has said what it expects of answers."""
+        size = self.description.layout.block_size or 1
+        return blocks_needed(num_tokens, answer_tokens, self.stats.expected_answer_tokens, held, size)
 
     def _sizes(self) -> tuple[int, int]:
         """Both, worked out once for each description: every choice asks for them."""

@@ -80,6 +80,7 @@ class Job:
         told.attempt = self.attempts.number
         told.deadline_s = self.seconds_left()
         told.resume_from[:] = self.emitted
+        told.age_s = self.timeline.age_s()
         return told
 
 

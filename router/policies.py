@@ -30,6 +30,10 @@ class Demand:
     """Had a part in a failure: only if there is no other."""
     prefix: KnownPrefix = NOTHING_KNOWN
     """Who holds how much of its tokens."""
+    answer_tokens: int = 0
+    """Tokens it may still generate."""
+    insists: bool = False
+    """Whether workers are asked beyond what they said they can take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,7 @@ def choose(
     `alone`: whoever is there does both jobs, whatever its role. `local`: when a decode worker may compute a prompt
     although there is a prefill worker (None: never), as far as `allows(tokens, of these computed there)`.
     """
-    decoders = usable(workers, demand, lambda info: alone or info.can_decode)
+    decoders = usable(workers, demand, lambda info: (alone or info.can_decode) and has_room(info, demand))
     prefillers = usable(workers, demand, lambda info: info.can_prefill) if split and not alone else []
     reckon = Reckoning.of(demand.num_tokens, demand.prefix, prefillers, weights or KvAwareConfig())
     is_aware = policy == "kv_aware"
@@ -108,6 +112,14 @@ def usable(workers: Sequence[WorkerInfo], demand: Demand, has_role: Callable[[Wo
     if refused := demand.excluded | demand.full:
         fit = [info for info in fit if info.life not in refused]
     return [info for info in fit if info.life not in demand.avoided] or fit if demand.avoided else fit
+
+
+def has_room(info: WorkerInfo, demand: Demand) -> bool:
+    """Whether the request is within what a worker said it can take."""
+    if demand.insists or info.credit.covers(info.blocks_for(demand.num_tokens, demand.answer_tokens), is_first=False):
+        return True
+    needed = info.blocks_for(demand.num_tokens, demand.answer_tokens, demand.prefix.tokens_at(info))
+    return info.credit.covers(needed, is_first=info.num_decoding == 0)
 
 
 def ranked(workers: list[WorkerInfo], score: Score, policy: PolicyName, turn: int) -> list[WorkerInfo]:

@@ -65,6 +65,10 @@ class Timeline:
             self._decode.CopyFrom(timing)
             self.prefilled(timing.prefill_s)
 
+    def age_s(self) -> float:
+        """Seconds since the request arrived."""
+        return time.monotonic() - self._at[Moment.ARRIVED]
+
     def between(self, start: Moment, end: Moment) -> float | None:
         """Seconds from one moment to another; None if either never came."""
         if start not in self._at or end not in self._at:

@@ -108,8 +108,11 @@ class WorkerLink:
 
     async def reserve(self, request: worker_pb2.ReserveRequest) -> worker_pb2.ReserveReply:
         """Ask for blocks; WorkerFullError, AttemptFailedError or InvalidArgumentError if there are none to be had."""
-        asking = self._connected(self._reserves).ask(request, self._config.reserve_timeout_s)
-        return await self._answer("Reserve", asking)
+        asked = request.request
+        num_tokens, had = len(asked.prompt_token_ids) + len(asked.resume_from) + 1, len(asked.resume_from)
+        with self.info.credit.asking(self.info.blocks_for(num_tokens, asked.params.max_tokens - had)):
+            asking = self._connected(self._reserves).ask(request, self._config.reserve_timeout_s)
+            return await self._answer("Reserve", asking)
 
     async def prefill(
         self, request: worker_pb2.PrefillRequest, ticket: asyncio.Future[worker_pb2.PrefillRequest]
@@ -236,6 +239,8 @@ class WorkerLink:
             inbox = inboxes.get(output.request_id)
             if inbox is not None:
                 inbox.put_output(output)
+        if event.HasField("credits"):
+            self.info.credit.tell(event.credits)
         if event.HasField("stats"):
             self._learn(event.stats)
         if event.HasField("blocks") and not self._prefixes.apply(self.info, event.blocks):
@@ -263,6 +268,7 @@ class WorkerLink:
         self.info.state = WorkerState.LOST
         self._prefixes.forget(self.info)
         self.info.stats = worker_pb2.WorkerStats()
+        self.info.credit.tell(None)
         inboxes, self._inboxes = self._inboxes, {}
         level = logging.INFO if self._leaving else logging.WARNING
         logger.log(level, "worker lost: %s", why, extra={"worker": self.info.label, "num_requests": len(inboxes)})

@@ -45,6 +45,7 @@ requests = st.builds(
     priority=st.integers(-5, 5),
     deadline_s=st.none() | st.floats(1e-6, 1e6),
     resume_from=token_ids,
+    age_s=st.floats(0, 1e6),
 )
 logprobs = st.builds(
     TokenLogprobs,

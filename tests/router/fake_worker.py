@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import grpc
@@ -50,6 +51,8 @@ class Behaviour:
     """The decode worker brings the ticket as soon as it has reserved: nothing waits for the router's."""
     prompt_tokens_per_s: float = 0.0
     """What it says of itself."""
+    credits: Callable[[str], worker_pb2.Credits | None] = lambda router_id: None
+    """What it says it can take of a router; None: nothing."""
     repeat: bool = False
     """Says each token twice."""
 
@@ -88,6 +91,9 @@ class FakeWorker:
     received: list[worker_pb2.EngineRequest] = field(default_factory=list)
     met: list[worker_pb2.MeetRequest] = field(default_factory=list)
     model_hash: str = "tiny"
+    num_asked: int = 0
+    num_refused: int = 0
+    """Reserves."""
 
     async def start(self) -> None:
         self.epoch = await self.store.next_epoch(self.worker_id)
@@ -146,6 +152,8 @@ class FakeWorker:
         )
 
     def say(self, router_id: str, event: worker_pb2.AttachEvent) -> None:
+        if (credits := self.behaviour.credits(router_id)) is not None:
+            event.credits.CopyFrom(credits)
         if not self.behaviour.silent and router_id in self.routers:
             self.routers[router_id].put_nowait(event)
 
@@ -245,7 +253,7 @@ class _DecodeService(_Service, worker_pb2_grpc.DecodeWorkerServicer):
                     async with asyncio.timeout(0.2):
                         event = await queue.get()
                 except TimeoutError:
-                    event = worker_pb2.AttachEvent(stats=worker.stats())
+                    event = worker_pb2.AttachEvent(stats=worker.stats(), credits=worker.behaviour.credits(router_id))
                 if not worker.behaviour.silent:
                     await context.write(event)
         finally:
@@ -264,7 +272,9 @@ class _DecodeService(_Service, worker_pb2_grpc.DecodeWorkerServicer):
         await self.enter(context, request.epoch)
         worker, asked = self.worker, request.request
         await asyncio.sleep(worker.behaviour.reserve_s)
+        worker.num_asked += 1
         if len(worker.running) >= worker.behaviour.capacity:
+            worker.num_refused += 1
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "no room")
         worker.reserved.append(asked.request_id)
         worker.received.append(asked)

@@ -53,6 +53,9 @@ def test_decode_worker_killed_mid_stream(model: Path, split: bool) -> None:
             assert second
             assert all(list(request.resume_from) == answer.token_ids[: len(request.resume_from)] for request in second)
             assert all(len(request.resume_from) > 10 for request in second)
+            first = [request for worker in made.workers.values() for request in worker.received if not request.attempt]
+            assert all(request.age_s >= 0 for request in first)
+            assert min(request.age_s for request in second) > max(request.age_s for request in first) + 0.05
             await made.idle()
 
     run(scenario())
