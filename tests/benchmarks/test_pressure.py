@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,7 @@ def test_an_overload_leaves_nothing_and_every_refusal_says_when_to_try_again(
     assert found.outcomes["RESOURCE_EXHAUSTED"] > 0
     assert set(found.outcomes) <= {"OK", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
     assert found.with_retry_info == 1.0
+    assert json.loads(json.dumps(asdict(found)))["left_behind"] == []
     assert "| left behind | nothing | nothing |" in overload_table(found)
 
 
@@ -94,6 +97,7 @@ def test_clients_that_misbehave_leave_nothing_and_end_no_other_stream(
     assert did.vanished_before_tokens + did.vanished_within_stream == 10
     assert len(found.phases_p99_ms) == 2
     assert found.alone_itl_ms.count > 100
+    assert json.loads(json.dumps(asdict(found)))["trouble"][0]["stopped_reading"] is True
     assert "| steady streams that failed | none | none |" in clients_table(found)
 
 
