@@ -89,7 +89,7 @@ def test_an_overload_leaves_nothing_and_every_refusal_says_when_to_try_again(
 def test_clients_that_misbehave_leave_nothing_and_end_no_other_stream(
     tiny_llama: Path, tmp_path: Path, processes: Processes
 ) -> None:
-    plan = Plan(streams=4, vanishing=10, phase_s=1.5, turns=1, at_once=32, step_ms=20)
+    plan = Plan(streams=4, vanishing=10, phase_s=1.5, turns=1, settle_s=1, at_once=32, step_ms=20)
     found: Crowd = under_pressure(tiny_llama, tmp_path, clients, processes, plan)
     assert found.failures == []
     (did,) = found.trouble
