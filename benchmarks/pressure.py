@@ -62,6 +62,8 @@ class Plan:
     vanishing: int = 100
     phase_s: float = 15.0
     turns: int = 2
+    settle_s: float = 15.0
+    """Of the streams, before the first phase: a cluster that has just started is still busy with itself."""
 
     def router(self) -> dict[str, Any]:
         """The router's section of the YAML: its defaults, but for what was asked."""
@@ -177,13 +179,13 @@ def _p99_ms(seconds: Iterable[float]) -> float:
 
 def clients(target: Target, processes: Processes, plan: Plan) -> Crowd:
     """Phases by turns, on one set of streams."""
-    total_s = SETTLE_S + 2 * plan.turns * plan.phase_s
+    total_s = plan.settle_s + 2 * plan.turns * plan.phase_s
     begin_at = time.monotonic() + HEAD_START_S
     until = begin_at + total_s
     steady = Asked(prompt_len=STEADY_PROMPT, output_len=STEADY_OUTPUT, deadline_s=total_s + ANSWER_GRACE_S)
     job = SteadyJob(address=target.address, asked=steady, streams=plan.streams, until=until)
     streams = processes.submit(run_steady, job)
-    begins = [begin_at + SETTLE_S + number * plan.phase_s for number in range(2 * plan.turns)]
+    begins = [begin_at + plan.settle_s + number * plan.phase_s for number in range(2 * plan.turns)]
     trouble = []
     for number, begin in enumerate(begins[1::2]):
         beside = TroubleJob(
@@ -305,6 +307,7 @@ def _say(text: str) -> None:
 @click.option("--streams", type=int, default=32, show_default=True, help="That are read all the time.")
 @click.option("--vanishing", type=int, default=100, show_default=True, help="Clients that vanish, each turn.")
 @click.option("--phase-s", type=float, default=15.0, show_default=True)
+@click.option("--settle-s", type=float, default=15.0, show_default=True, help="Before the first phase.")
 @click.option("--turns", type=int, default=2, show_default=True, help="Of alone and beside the others.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of Markdown.")
 def main(sections: str, as_json: bool, **options: Any) -> None:

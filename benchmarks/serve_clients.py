@@ -142,7 +142,8 @@ def _run(pipes: list[Connection], jobs: list[Job], limit_s: float) -> ClientResu
     records = sorted((record for each in results for record in each.load.records), key=lambda record: record.due_s)
     wall_s = max(each.load.wall_s for each in results)
     lags = [lag for each in results for lag in each.lags_s]
-    return ClientResult(LoadResult(results[0].load.model, records, wall_s), lags)
+    paced = any(each.load.paced for each in results)
+    return ClientResult(LoadResult(results[0].load.model, records, wall_s, paced), lags)
 
 
 def _answer(pipe: Connection, timeout_s: float) -> ClientResult:
@@ -189,7 +190,7 @@ async def _carry_out(job: Job, pipe: Connection) -> ClientResult:
         finally:
             ticking.cancel()
             gc.enable()
-        return ClientResult(result, lags)
+        return ClientResult(replace(result, paced=model.paced), lags)
 
 
 async def _sequence(client: Client, job: SequenceJob, model: str, vocab_size: int) -> LoadResult:

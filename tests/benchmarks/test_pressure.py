@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +82,14 @@ def test_an_overload_leaves_nothing_and_every_refusal_says_when_to_try_again(
     assert found.outcomes["RESOURCE_EXHAUSTED"] > 0
     assert set(found.outcomes) <= {"OK", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
     assert found.with_retry_info == 1.0
+    assert json.loads(json.dumps(asdict(found)))["left_behind"] == []
     assert "| left behind | nothing | nothing |" in overload_table(found)
 
 
 def test_clients_that_misbehave_leave_nothing_and_end_no_other_stream(
     tiny_llama: Path, tmp_path: Path, processes: Processes
 ) -> None:
-    plan = Plan(streams=4, vanishing=10, phase_s=1.5, turns=1, at_once=32, step_ms=20)
+    plan = Plan(streams=4, vanishing=10, phase_s=1.5, turns=1, settle_s=1, at_once=32, step_ms=20)
     found: Crowd = under_pressure(tiny_llama, tmp_path, clients, processes, plan)
     assert found.failures == []
     (did,) = found.trouble
@@ -94,6 +97,7 @@ def test_clients_that_misbehave_leave_nothing_and_end_no_other_stream(
     assert did.vanished_before_tokens + did.vanished_within_stream == 10
     assert len(found.phases_p99_ms) == 2
     assert found.alone_itl_ms.count > 100
+    assert json.loads(json.dumps(asdict(found)))["trouble"][0]["stopped_reading"] is True
     assert "| steady streams that failed | none | none |" in clients_table(found)
 
 
