@@ -239,13 +239,14 @@ class Attempt:
         finish = worker_pb2.ENGINE_FINISH_NONE
         while held and not finish and self.state is not AttemptState.PREFILLING:
             output = held.popleft()
-            if num_repeated := num_known - output.offset:
-                if num_repeated < 0:
-                    self._fail(f"tokens {num_known} to {output.offset - 1} never came")
-                    break
-                new += output.token_ids[num_repeated:]
+            num_repeated, token_ids = num_known - output.offset, output.token_ids
+            if num_repeated < 0:
+                self._fail(f"tokens {num_known} to {output.offset - 1} never came")
+                break
+            if num_repeated == 0 and len(token_ids) == 1:
+                new.append(token_ids[0])  # most are of one token, and to go through a field of a message is slow
             else:
-                new += output.token_ids
+                new += token_ids[num_repeated:]
             if output.logprobs:
                 logprobs.extend(output.logprobs[num_repeated:])
             num_known = before + len(new)
