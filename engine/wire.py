@@ -20,6 +20,7 @@ _FINISH_TO_WIRE = {
     FinishReason.LENGTH: worker_pb2.ENGINE_FINISH_LENGTH,
     FinishReason.ABORTED: worker_pb2.ENGINE_FINISH_ABORTED,
     FinishReason.FAILED: worker_pb2.ENGINE_FINISH_FAILED,
+    FinishReason.PREEMPTED: worker_pb2.ENGINE_FINISH_PREEMPTED,
 }
 _FINISH_FROM_WIRE = {wire: reason for reason, wire in _FINISH_TO_WIRE.items()}
 
@@ -74,6 +75,7 @@ def request_to_wire(request: GenerateRequest) -> worker_pb2.EngineRequest:
         deadline_s=deadline_s,
         resume_from=request.resume_from,
         age_s=request.age_s,
+        num_preemptions=request.num_preemptions,
     )
 
 
@@ -92,6 +94,7 @@ def request_from_wire(message: worker_pb2.EngineRequest) -> GenerateRequest:
         deadline_s=message.deadline_s or None,
         resume_from=tuple(message.resume_from),
         age_s=min(message.age_s, MAX_AGE_S) if message.age_s > 0 else 0.0,
+        num_preemptions=max(0, message.num_preemptions),
     )
 
 
