@@ -90,7 +90,9 @@ class Dispatcher:
         place.admitted()
         self.local_prompt_tokens += route.local_tokens
         ending = await attempt.follow(emit)
-        self._line.served(len(job.emitted), job.timeline.between(Moment.RESERVED, Moment.FIRST_SENT))
+        times = job.timeline
+        first_token_s = times.between(Moment.RESERVED, Moment.FIRST_SENT)
+        self._line.served(len(job.emitted), first_token_s, times.between(Moment.FIRST_SENT, Moment.LAST_TOKEN))
         self._line.news()
         return ending
 

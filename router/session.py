@@ -26,7 +26,6 @@ from router.errors import (
     SlowClientError,
     UnavailableError,
 )
-from router.fair_queue import Claim
 from router.fleet import Fleet
 from router.job import Chunk, Ending, Job
 from router.model import ServedModel
@@ -76,8 +75,15 @@ class Desk:
                 retry_after_s=self.config.retry_after_s,
             )
         if len(self.line):
-            deadline = asyncio.get_running_loop().time() + limit_s
-            self.line.check_open(Claim(priority=request.priority, tenant=tenant, deadline=deadline))
+            sampling = request.sampling
+            claim = self.line.claim(
+                priority=request.priority,
+                tenant=tenant,
+                num_prompt_tokens=0,
+                max_tokens=sampling.max_tokens if sampling.HasField("max_tokens") else self.config.default_max_tokens,
+                deadline=asyncio.get_running_loop().time() + limit_s,
+            )
+            self.line.check_open(claim)
 
 
 class Session:
