@@ -75,7 +75,7 @@ def test_ten_times_too_many_are_refused_fast_and_the_rest_is_served_in_time(
                 f"refused in {refused_in_s[len(refused_in_s) // 2] * 1000:.1f} ms p50, "
                 f"{refused_in_s[int(len(refused_in_s) * 0.9)] * 1000:.1f} ms p90: {made.app.stats().refused}"
             )
-            assert in_time / 3.0 >= 0.5 * PEAK_PER_S
+            assert in_time / 3.0 >= 0.4 * PEAK_PER_S
             codes = Counter(refusal.code for refusal in over.refusals)
             assert codes[grpc.StatusCode.RESOURCE_EXHAUSTED] >= 0.9 * codes.total()
             told = [item for item in over.refusals if item.code is grpc.StatusCode.RESOURCE_EXHAUSTED]
