@@ -69,6 +69,7 @@ ROUTER_COUNTERS = (
     "local_prompt_tokens",
     "generated_tokens",
     "failed_attempts",
+    "given_back",
     "refused",
 )
 

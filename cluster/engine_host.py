@@ -192,6 +192,7 @@ class HostSession:
             max_running=host.max_running,
             name=f"{identity.worker_id}.{identity.epoch}",
             emit=self._emit,
+            on_room=lambda: self._flush(is_news=True),
         )
         self._node = node
         self._engine.loop.call(self._take_loop).result(LOOP_CALL_TIMEOUT_S)
@@ -247,7 +248,9 @@ class HostSession:
 
     def _take_loop(self) -> None:
         assert self._prefill is not None
+        assert self._decode is not None
         self._engine.scheduler.is_held = self._prefill.must_pause
+        self._engine.scheduler.give_back = self._decode.give_back
         self._engine.pool.log = BlockLog(self._engine.pool.contents())
         self._engine.loop.step_hook = self._before_step
         self._engine.loop.on_step = self._after_step

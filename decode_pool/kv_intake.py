@@ -47,11 +47,21 @@ class Reservation:
 class KVIntake:
     """The reservations of one worker."""
 
-    def __init__(self, engine: Engine, node: Transfers, *, on_ready: OnReady, on_failed: OnFailed) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        node: Transfers,
+        *,
+        on_ready: OnReady,
+        on_failed: OnFailed,
+        on_room: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_room`: blocks are back of a reservation of which nothing else is told."""
         self._engine = engine
         self._node = node
         self._on_ready = on_ready
         self._on_failed = on_failed
+        self._on_room = on_room
         self._reservations: dict[Key, Reservation] = {}
         self._numbers = itertools.count(1)
 
@@ -108,6 +118,7 @@ class KVIntake:
         ended = received.first.finish != pb.ENGINE_FINISH_NONE
         if reservation.state is IntakeState.ENDING or ended:
             self._engine.scheduler.release(sequence)
+            self._on_room()
             return
         sequence.token_ids += received.first.token_ids
         sequence.first_step_at = time.monotonic()
@@ -119,3 +130,5 @@ class KVIntake:
         self._engine.scheduler.release(reservation.sequence)
         if reservation.state is IntakeState.RESERVED:
             self._on_failed(reservation.sequence, f"the ticket ended {state.name}: {reason}")
+        else:
+            self._on_room()

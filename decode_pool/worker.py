@@ -52,8 +52,17 @@ class DecodeWorker:
     """Promises blocks, takes KV in, generates tokens."""
 
     def __init__(
-        self, engine: Engine, node: Transfers, options: DecodeOptions, *, max_running: int, name: str, emit: Emit
+        self,
+        engine: Engine,
+        node: Transfers,
+        options: DecodeOptions,
+        *,
+        max_running: int,
+        name: str,
+        emit: Emit,
+        on_room: Callable[[], None] = lambda: None,
     ) -> None:
+        """`on_room`: there is room, of which no output tells."""
         self._engine = engine
         self._options = options
         self._max_running = max_running
@@ -65,7 +74,7 @@ class DecodeWorker:
         self._looked_at = (0.0, -1)
         """When that was, and how many requests were open."""
         self._running: dict[Key, _Running] = {}
-        self._intake = KVIntake(engine, node, on_ready=self._join, on_failed=self._failed)
+        self._intake = KVIntake(engine, node, on_ready=self._join, on_failed=self._failed, on_room=on_room)
         self._orphans = Orphans(options.orphan_grace_s)
         self._grace: threading.Timer | None = None
 
@@ -163,6 +172,28 @@ class DecodeWorker:
             whole = _whole(sequence)
             whole.finish, whole.reason = message.finish, message.reason
             self._orphans.ended(_key(sequence), whole)
+
+    def give_back(self, sequence: Sequence) -> bool:
+        """Whether a preempted sequence goes back to its router, which is then told, instead of being computed here.
+
+        It does if that would take long and a prefill worker can do it: one did before.
+        """
+        entry = self._running.get(_key(sequence))
+        if entry is None or not entry.ready_at or sequence.num_known_tokens < self._options.give_back_tokens:
+            return False
+        if _key(sequence) in self._orphans:  # nobody would make another attempt
+            return False
+        self._ended(sequence, FinishReason.PREEMPTED.value)
+        output = TokenOutput(
+            request_id=sequence.request.request_id,
+            attempt=sequence.request.attempt,
+            offset=sequence.num_known_tokens - sequence.num_prompt_tokens,
+            token_ids=(),
+            finish_reason=FinishReason.PREEMPTED,
+            reason="its blocks were needed by others",
+        )
+        self._emit(sequence.owner, wire.output_to_wire(output))
+        return True
 
     def look_for_room(self) -> None:
         """See what can still be promised: at once when a request came or went, else now and then."""

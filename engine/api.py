@@ -24,6 +24,8 @@ class FinishReason(enum.Enum):
     LENGTH = "length"
     ABORTED = "aborted"
     FAILED = "failed"
+    PREEMPTED = "preempted"
+    """Its blocks were needed, and it is to be computed again somewhere else."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +94,8 @@ class GenerateRequest:
     age_s: float = 0.0
     """Seconds since its first arrival at a router, when it arrives here: of those alike in priority the oldest is
     served first, and preempted last, however often it had to begin anew."""
+    num_preemptions: int = 0
+    """How often its earlier attempts ended because their blocks were needed by others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +120,7 @@ class TokenOutput:
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     reason: str = ""
-    """Why, when ABORTED or FAILED."""
+    """Why, when ABORTED, FAILED or PREEMPTED."""
     num_cached_tokens: int = 0
     """Prompt tokens whose KV was found in the prefix cache."""
 

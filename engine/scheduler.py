@@ -1,7 +1,7 @@
 """Decides what each step computes: continuous batching with chunked prefill and preemption.
 
     WAITING --admit: blocks for all known tokens--> RUNNING --last token--> FINISHED
-       ^------------------preempt: all blocks back------'
+       ^------------------preempt: all blocks back------'   (or, given back to who brought it, FINISHED)
 
 Every sequence is the same chase of `num_computed_tokens` after `num_tokens`; whoever is one token
 behind is decoding, whoever is further behind is catching up, in chunks that fit the step's budget.
@@ -62,6 +62,8 @@ class Scheduler:
         self._eos_token_ids = frozenset(eos_token_ids)
         self.is_held: Callable[[Sequence], bool] = lambda sequence: False
         """Whether a prefill-only sequence must not be computed further for now; whoever holds it wakes the loop."""
+        self.give_back: Callable[[Sequence], bool] = lambda sequence: False
+        """Whether a sequence that has just lost its blocks goes back to who brought it; then it has ended here."""
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._stats = EngineStats(num_blocks=pool.num_blocks)
@@ -265,7 +267,10 @@ class Scheduler:
         self._give_up_blocks(sequence)
         sequence.num_preemptions += 1
         self._stats.preemptions += 1
-        self.add(sequence)
+        if self.give_back(sequence):
+            self._finish(sequence, FinishReason.PREEMPTED)
+        else:
+            self.add(sequence)
 
     def _give_up_blocks(self, sequence: Sequence) -> None:
         self.release(sequence)

@@ -62,7 +62,8 @@ class Sequence:
     def from_request(cls, request: GenerateRequest, arrival: float) -> Sequence:
         """A sequence that has computed nothing yet; `arrival` is its arrival here, on a monotonic clock."""
         token_ids = [*request.prompt_token_ids, *request.resume_from]
-        return cls(request=request, token_ids=token_ids, arrival=arrival - request.age_s)
+        arrival -= request.age_s
+        return cls(request=request, token_ids=token_ids, arrival=arrival, num_preemptions=request.num_preemptions)
 
     @property
     def came_at(self) -> float:

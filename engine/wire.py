@@ -20,6 +20,7 @@ _FINISH_TO_WIRE = {
     FinishReason.LENGTH: worker_pb2.ENGINE_FINISH_LENGTH,
     FinishReason.ABORTED: worker_pb2.ENGINE_FINISH_ABORTED,
     FinishReason.FAILED: worker_pb2.ENGINE_FINISH_FAILED,
+    FinishReason.PREEMPTED: worker_pb2.ENGINE_FINISH_PREEMPTED,
 }
 _FINISH_FROM_WIRE = {wire: reason for reason, wire in _FINISH_TO_WIRE.items()}
 
@@ -75,6 +76,7 @@ def request_to_wire(request: GenerateRequest) -> worker_pb2.EngineRequest:
         resume_from=request.resume_from,
         resumable=request.resumable,
         age_s=request.age_s,
+        num_preemptions=request.num_preemptions,
     )
 
 
@@ -94,6 +96,7 @@ def request_from_wire(message: worker_pb2.EngineRequest) -> GenerateRequest:
         resume_from=tuple(message.resume_from),
         resumable=message.resumable,
         age_s=min(message.age_s, MAX_AGE_S) if message.age_s > 0 else 0.0,
+        num_preemptions=max(0, message.num_preemptions),
     )
 
 

@@ -17,6 +17,7 @@ class EngineFinish(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ENGINE_FINISH_ABORTED: _ClassVar[EngineFinish]
     ENGINE_FINISH_FAILED: _ClassVar[EngineFinish]
     ENGINE_FINISH_MOVED: _ClassVar[EngineFinish]
+    ENGINE_FINISH_PREEMPTED: _ClassVar[EngineFinish]
 ENGINE_FINISH_NONE: EngineFinish
 ENGINE_FINISH_EOS: EngineFinish
 ENGINE_FINISH_STOP: EngineFinish
@@ -24,6 +25,7 @@ ENGINE_FINISH_LENGTH: EngineFinish
 ENGINE_FINISH_ABORTED: EngineFinish
 ENGINE_FINISH_FAILED: EngineFinish
 ENGINE_FINISH_MOVED: EngineFinish
+ENGINE_FINISH_PREEMPTED: EngineFinish
 
 class SamplingParams(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "max_tokens", "min_tokens", "stop_token_ids", "seed", "logprobs", "ignore_eos")
@@ -56,7 +58,7 @@ class SamplingParams(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., seed: _Optional[int] = ..., logprobs: _Optional[int] = ..., ignore_eos: _Optional[bool] = ...) -> None: ...
 
 class EngineRequest(_message.Message):
-    __slots__ = ("request_id", "attempt", "prompt_token_ids", "params", "priority", "deadline_s", "resume_from", "resumable", "age_s")
+    __slots__ = ("request_id", "attempt", "prompt_token_ids", "params", "priority", "deadline_s", "resume_from", "resumable", "age_s", "num_preemptions")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -66,6 +68,7 @@ class EngineRequest(_message.Message):
     RESUME_FROM_FIELD_NUMBER: _ClassVar[int]
     RESUMABLE_FIELD_NUMBER: _ClassVar[int]
     AGE_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -75,7 +78,8 @@ class EngineRequest(_message.Message):
     resume_from: _containers.RepeatedScalarFieldContainer[int]
     resumable: bool
     age_s: float
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., params: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_s: _Optional[float] = ..., resume_from: _Optional[_Iterable[int]] = ..., resumable: _Optional[bool] = ..., age_s: _Optional[float] = ...) -> None: ...
+    num_preemptions: int
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., params: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_s: _Optional[float] = ..., resume_from: _Optional[_Iterable[int]] = ..., resumable: _Optional[bool] = ..., age_s: _Optional[float] = ..., num_preemptions: _Optional[int] = ...) -> None: ...
 
 class WorkerIdentity(_message.Message):
     __slots__ = ("worker_id", "epoch")

@@ -28,7 +28,7 @@ from router.config import RouterConfig
 from router.errors import OverloadedError
 from router.fair_queue import Claim, FairQueue
 from router.tenant_config import TenantConfig
-from router.wait_forecast import AdmissionRate, Outlook, TooLong, Usual, retry_s
+from router.wait_forecast import AdmissionRate, Usual, retry_s
 
 EARMARK_AFTER = 3
 """Tries without success after which the head stays the head of its class."""
@@ -36,12 +36,12 @@ INSIST_EVERY_S = 1.0
 """How often such a one may ask workers for more than they share out."""
 LOOK_EVERY_S = 0.25
 """How often it is looked at who of those that wait cannot be served in time, at most."""
+CAUTION = 0.7
+"""So much of the time that a request may wait the wait that is expected may take: it is no more than expected."""
 DOUBT = 0.5
 """Of those that wait, who would be late even if the wait were so much shorter is refused."""
 MAX_LOOKS = 64
 """Of so many at a time the wait is worked out."""
-USUAL_ANSWER_TOKENS = 256.0
-"""What an answer is expected to have before there was one."""
 _NO_TENANT = TenantConfig()
 
 
@@ -64,8 +64,7 @@ class Line:
         self._config = config
         self._queue = FairQueue[Place](lambda tenant: self._tenant(tenant).weight)
         self._rate = AdmissionRate()
-        self._answer_tokens = Usual(USUAL_ANSWER_TOKENS)
-        self._first_token_s = Usual(0.0)
+        self._usual = Usual()
         self._arrivals = 0
         self._news = 0
         self._look_at = 0.0
@@ -75,22 +74,19 @@ class Line:
 
     def claim(self, *, priority: int, tenant: str, num_prompt_tokens: int, max_tokens: int, deadline: float) -> Claim:
         """The standing of a request that has just arrived."""
-        admit_by = deadline
-        if (slo_s := self._config.ttft_slo_s) is not None:
-            admit_by = min(deadline, self.clock() + slo_s - self._first_token_s.value)
-        num_tokens = num_prompt_tokens + round(min(max_tokens, self._answer_tokens.value))
-        return Claim(priority, tenant, max(1, num_tokens), deadline, admit_by)
+        serving = self._usual.serving
+        admit_by, for_slo = serving.admit_by(self.clock(), deadline, max_tokens, self._config.ttft_slo_s)
+        num_tokens = num_prompt_tokens + round(serving.expected_tokens(max_tokens))
+        return Claim(priority, tenant, max(1, num_tokens), deadline, admit_by, for_slo)
 
     def arrive(self, claim: Claim) -> Place:
         """A place of one's own; use it as a context manager."""
         self._arrivals += 1
         return Place(self, claim, self._arrivals)
 
-    def served(self, num_answer_tokens: int, first_token_s: float | None) -> None:
-        """A request has ended: so long was its answer, and the time from its place to its first token."""
-        self._answer_tokens.observe(num_answer_tokens)
-        if first_token_s is not None:
-            self._first_token_s.observe(first_token_s)
+    def served(self, num_answer_tokens: int, first_token_s: float | None, rest_s: float | None) -> None:
+        """A request has ended: the length of its answer, the time from its place to its first token, and from there."""
+        self._usual.observe(num_answer_tokens, first_token_s, rest_s)
 
     def check_open(self, claim: Claim) -> None:
         """OverloadedError if no more may wait, or if such a request would wait too long; its size does not matter."""
@@ -98,10 +94,9 @@ class Line:
         if not len(self._queue):
             return
         now = self.clock()
-        outlook = self._outlook(self._queue.tokens_before(claim), now)
-        why = outlook.too_long(claim.deadline - now, self._config.ttft_slo_s)
-        if why is not None:
-            raise self._too_long(why, outlook, claim.deadline - now)
+        wait_s = self._rate.wait_s(self._queue.tokens_before(claim), now)
+        if wait_s is not None and wait_s > CAUTION * (claim.admit_by - now):
+            raise self._too_late(claim, wait_s, now)
 
     def check_full(self, tenant: str) -> None:
         """OverloadedError if no more may wait."""
@@ -165,46 +160,41 @@ class Line:
             self._rate.wait(self.clock(), is_waiting=False)
 
     def _wake_head(self) -> None:
-        head = self._queue.head()
-        if head is not None and head.state is PlaceState.WAITING:
+        head, now = self._queue.head(), self.clock()
+        if head is None or head.state is not PlaceState.WAITING:
+            return
+        if head.may_refuse and head.claim.admit_by < now:
+            head.refuse(self._too_late(head.claim, 0.0, now))
+        else:
             head.wake()
 
     def _tenant(self, name: str) -> TenantConfig:
         return self._config.tenants.get(name, _NO_TENANT)
 
-    def _outlook(self, tokens_ahead: float, now: float) -> Outlook:
-        return Outlook(self._rate.wait_s(tokens_ahead, now), self._first_token_s.value)
-
     def _look(self) -> None:
         """Refuse those that cannot be served in time; now and then, and the most urgent ones first."""
-        now, slo_s = self.clock(), self._config.ttft_slo_s
+        now = self.clock()
         if now < self._look_at:
             return
         self._look_at = now + LOOK_EVERY_S
-        wait_s = self._rate.wait_s(self._queue.num_tokens(), now)
-        if wait_s is None:
+        drained_s = self._rate.wait_s(self._queue.num_tokens(), now)
+        if drained_s is None:
             return
-        urgent = [place for place in self._queue if place.may_refuse and place.claim.admit_by < now + DOUBT * wait_s]
+        urgent = [place for place in self._queue if place.may_refuse and place.claim.admit_by < now + DOUBT * drained_s]
         for place in sorted(urgent, key=lambda place: place.claim.admit_by)[:MAX_LOOKS]:
-            outlook = self._outlook(self._queue.tokens_ahead_of(place), now)
-            left_s = place.claim.deadline - now
-            due_s = None if slo_s is None else place.claim.admit_by - now + self._first_token_s.value
-            if place.state is PlaceState.WAITING and (why := outlook.too_long(left_s, due_s, DOUBT)):
-                place.refuse(self._too_long(why, outlook, left_s))
+            wait_s = self._rate.wait_s(self._queue.tokens_ahead_of(place), now) or 0.0
+            if place.state is PlaceState.WAITING and now + DOUBT * wait_s > place.claim.admit_by:
+                place.refuse(self._too_late(place.claim, wait_s, now))
 
-    def _too_long(self, why: TooLong, outlook: Outlook, left_s: float) -> OverloadedError:
-        wait_s, slo_s = outlook.wait_s or 0.0, self._config.ttft_slo_s
-        if why is TooLong.DEADLINE or slo_s is None:
-            after_s = self._retry_s(wait_s - left_s)
-            told = f"this one would wait about {wait_s:.1f} s and has {max(0.0, left_s):.1f} s"
-            advice = "or allow more time with deadline_s"
-        else:
-            after_s = self._retry_s(wait_s + outlook.first_token_s - slo_s)
-            told = f"this one's first token would come after about {wait_s + outlook.first_token_s:.1f} s"
-            told += f", the router's limit is {slo_s:g} s"
-            advice = "or ask another router"
-        text = f"{len(self._queue)} requests wait for a worker, {told}; try again in {after_s:.1f} s, {advice}"
-        return self._refusal(why.value, text, after_s)
+    def _too_late(self, claim: Claim, wait_s: float, now: float) -> OverloadedError:
+        after_s = self._retry_s(wait_s - CAUTION * (claim.admit_by - now))
+        what, advice = "its deadline", "or allow more time with deadline_s"
+        if claim.for_slo:
+            what, advice = f"a first token within {self._config.ttft_slo_s:g} s (ttft_slo_s)", "or ask another router"
+        left_s = max(0.0, claim.admit_by - now)
+        told = f"{len(self._queue)} requests wait for a worker, this one for about {wait_s:.1f} s; {what} leaves it "
+        text = f"{told}{left_s:.1f} s to wait; try again in {after_s:.1f} s, {advice}"
+        return self._refusal("ttft_slo" if claim.for_slo else "deadline", text, after_s)
 
     def _retry_s(self, drained_in_s: float | None) -> float:
         return retry_s(drained_in_s, self._config.retry_after_s, random.random())

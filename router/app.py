@@ -159,6 +159,7 @@ class RouterApp:
         """A copy of the counters, with the gauges of this moment."""
         stats = copy.deepcopy(self._desk.stats)
         stats.local_prompt_tokens = self._dispatcher.local_prompt_tokens
+        stats.given_back = self._dispatcher.num_given_back
         stats.in_flight = len(self._desk.running)
         stats.queued = len(self._line)
         stats.refused = dict(self._line.refused)

@@ -1,8 +1,8 @@
 """One try at a request on one route: reserve, prefill, follow the tokens, and leave nothing behind.
 
 States: NEW -> RESERVING (Reserve is sent: the decode worker may hold something) -> PREFILLING (it does) -> DECODING
-(the prompt's first token is here) -> DONE (the decode worker said the last token, or refused to reserve: nothing is
-held). `close` aborts whatever the state says may still be held.
+(the prompt's first token is here) -> DONE (the decode worker said the last token, gave it back, or refused to reserve:
+nothing is held). `close` aborts whatever the state says may still be held.
 
 The prompt is sent to the prefill worker together with Reserve, and waits there for its ticket: the decode worker brings
 it if the two have a pair, and it follows from here when Reserve is answered.
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from protos import inference_pb2, worker_pb2
 from router.background import Background
-from router.errors import AttemptFailedError, RequestMovedError, WorkerFullError
+from router.errors import AttemptFailedError, PreemptedError, RequestMovedError, WorkerFullError
 from router.inbox import Event, Inbox
 from router.info import WorkerLife
 from router.job import Chunk, Ending, Job
@@ -265,6 +265,10 @@ class Attempt:
             return worker_pb2.ENGINE_FINISH_NONE
         if finish in _LOST:
             self._fail(f"worker {self._decode.info.label} gave up: {output.reason}")
+            return worker_pb2.ENGINE_FINISH_NONE
+        if finish == worker_pb2.ENGINE_FINISH_PREEMPTED:
+            self.state = AttemptState.DONE
+            self._failure = self._failure or PreemptedError(f"worker {self._decode.info.label} gave it back")
             return worker_pb2.ENGINE_FINISH_NONE
         if output is not self._first:
             self.state = AttemptState.DONE

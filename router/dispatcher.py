@@ -17,7 +17,7 @@ from router.attempt import Attempt, AttemptContext, Emit
 from router.background import Background
 from router.chooser import Chooser
 from router.config import RouterConfig
-from router.errors import AttemptFailedError, SlowClientError, UnavailableError, WorkerFullError
+from router.errors import AttemptFailedError, PreemptedError, SlowClientError, UnavailableError, WorkerFullError
 from router.fleet import Fleet
 from router.info import WorkerInfo, WorkerLife, WorkerState
 from router.job import Adoption, Ending, Job
@@ -42,6 +42,9 @@ class Dispatcher:
         self._chooser = Chooser(fleet, config, split=split)
         self.local_prompt_tokens = 0
         """Sent to decode workers to compute, although there are prefill workers."""
+
+        self.num_given_back = 0
+        """Attempts that ended because a decode worker needed the blocks for others."""
 
     async def run(self, job: Job, emit: Emit, scope: Scope) -> Ending:
         """Serve a job to its end; RouterError if that is not to be. The scope ends every wait in here."""
@@ -72,6 +75,8 @@ class Dispatcher:
                     return await self._try(job, attempt, route, place, emit)
                 except WorkerFullError as error:
                     full |= {error.worker} if error.worker is not None else attempt.took_part()
+                except PreemptedError as error:
+                    self._given_back(job, error)
                 except AttemptFailedError as error:
                     self._failed(job, attempt, error)
                 finally:
@@ -119,9 +124,16 @@ class Dispatcher:
             job.on_reserved(route.decode, attempt.number)
         self.local_prompt_tokens += route.local_tokens
         ending = await attempt.follow(emit)
-        self._line.served(len(job.emitted), job.timeline.between(Moment.RESERVED, Moment.FIRST_SENT))
+        times = job.timeline
+        first_token_s = times.between(Moment.RESERVED, Moment.FIRST_SENT)
+        self._line.served(len(job.emitted), first_token_s, times.between(Moment.FIRST_SENT, Moment.LAST_TOKEN))
         self._line.news()
         return ending
+
+    def _given_back(self, job: Job, error: PreemptedError) -> None:
+        job.num_preemptions += 1
+        self.num_given_back += 1
+        logger.info("preempted: %s", error, extra={"request_id": job.request_id, "num_emitted": len(job.emitted)})
 
     def _failed(self, job: Job, attempt: Attempt, error: AttemptFailedError) -> None:
         logger.warning(
@@ -166,6 +178,7 @@ class Dispatcher:
                 prefix,
                 answer_tokens=job.params.max_tokens - len(job.emitted),
                 insists=insists,
+                may_prefill_locally=not job.num_preemptions,
             )
             if (route := self._chooser.choose(demand)) is not None:
                 return route

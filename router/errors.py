@@ -18,6 +18,7 @@ Inside the router, never seen by a client:
 
 WorkerError                   one attempt cannot go on
 ├── WorkerFullError           the worker has no room now; another one, or a later moment, may
+├── PreemptedError            the worker needed its blocks for others; no failure, another attempt goes on
 └── AttemptFailedError        the attempt is lost; another attempt may succeed
     └── WorkerLostError       the worker that served it is gone
 StoreError
@@ -156,6 +157,10 @@ class WorkerError(Exception):
 
 class WorkerFullError(WorkerError):
     """The worker has no room now."""
+
+
+class PreemptedError(WorkerError):
+    """The worker gave the request back, for its blocks were needed by others."""
 
 
 class AttemptFailedError(WorkerError):

@@ -29,6 +29,8 @@ class Claim:
     """When it must have ended, on the line's clock."""
     admit_by: float = float("inf")
     """When it must have its place at the latest, to be of use; on the line's clock."""
+    for_slo: bool = False
+    """Whether that is for the time to its first token, rather than for its deadline."""
 
 
 class Waiting(Protocol):

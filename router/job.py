@@ -46,6 +46,8 @@ class Job:
     """On whose behalf it came."""
     emitted: list[int] = field(default_factory=list)
     """Tokens handed to the client so far; a new attempt goes on after them."""
+    num_preemptions: int = 0
+    """Attempts that ended because a decode worker needed the blocks for others."""
     num_cached: int = 0
     """Prompt tokens whose KV the first attempt's workers already held."""
     awaited: str = "a place in the line"
@@ -81,6 +83,7 @@ class Job:
         told.deadline_s = self.seconds_left()
         told.resume_from[:] = self.emitted
         told.age_s = self.timeline.age_s()
+        told.num_preemptions = self.num_preemptions
         return told
 
 

@@ -32,6 +32,8 @@ class Demand:
     """Who holds how much of its tokens."""
     answer_tokens: int = 0
     """Tokens it may still generate."""
+    may_prefill_locally: bool = True
+    """Whether a decode worker may compute it although there is a prefill worker."""
     insists: bool = False
     """Whether workers are asked beyond what they said they can take."""
 
@@ -90,7 +92,7 @@ def choose(
                     return Route(decoder, None, f"{policy}: one worker has both roles")
             elif same_layout(prefiller, decoder):
                 soonest = min(prefillers, key=reckon.prefill_s)
-                found = why_local(decoders, soonest, reckon, local) if local is not None else None
+                found = why_local(decoders, soonest, reckon, local) if local and demand.may_prefill_locally else None
                 if found is not None and allows(demand.num_tokens, reckon.missing(found[0])):
                     return Route(found[0], None, f"prefilled where it is decoded: {found[1]}", reckon.missing(found[0]))
                 return Route(decoder, prefiller, f"{policy}: split{_hits(reckon, prefiller, decoder)}")

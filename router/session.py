@@ -29,7 +29,6 @@ from router.errors import (
     SlowClientError,
     UnavailableError,
 )
-from router.fair_queue import Claim
 from router.fleet import Fleet
 from router.info import WorkerInfo
 from router.job import Adoption, Chunk, Ending, Job
@@ -96,8 +95,15 @@ class Desk:
         """Refuse new requests while draining, and those that are not to be served in time."""
         self.check_stays()
         if len(self.line):
-            deadline = asyncio.get_running_loop().time() + limit_s
-            self.line.check_open(Claim(priority=request.priority, tenant=tenant, deadline=deadline))
+            sampling = request.sampling
+            claim = self.line.claim(
+                priority=request.priority,
+                tenant=tenant,
+                num_prompt_tokens=0,
+                max_tokens=sampling.max_tokens if sampling.HasField("max_tokens") else self.config.default_max_tokens,
+                deadline=asyncio.get_running_loop().time() + limit_s,
+            )
+            self.line.check_open(claim)
 
     def check_stays(self) -> None:
         """Refuse to begin anything while draining."""

@@ -51,6 +51,8 @@ class RouterStats:
     total_s: Histogram = field(default_factory=Histogram)
     transfer_s: Histogram = field(default_factory=Histogram)
     """What prefill did not hide of the transfer."""
+    given_back: int = 0
+    """Attempts that ended because a decode worker needed their blocks for others; each went on with another one."""
     refused: dict[str, int] = field(default_factory=dict)
     """Refused for what waits already, by reason: `full`, `tenant_full`, `deadline`, `ttft_slo`."""
     in_flight: int = 0

@@ -7,7 +7,6 @@ What is little known is taken for better than it looks, so that nobody is sent a
 
 from __future__ import annotations
 
-import enum
 import math
 from dataclasses import dataclass
 
@@ -19,6 +18,10 @@ MIN_ADMISSIONS = 3.0
 """Admissions of late before which no rate is known."""
 MAX_AHEAD = 20.0
 """Nothing is said of what lies further ahead than so many times the time that was watched."""
+USUAL_ANSWER_TOKENS = 256.0
+"""What an answer is expected to have before there was one."""
+LEAST_SHARE = 0.1
+"""So much of the time that a request has it may wait, however long it is expected to take."""
 MAX_RETRY_S = 60.0
 """Nobody is told to stay away longer."""
 JITTER = 0.25
@@ -70,33 +73,58 @@ class AdmissionRate:
             self._at = now
 
 
-class TooLong(enum.Enum):
-    """Why a wait is too long."""
-
-    DEADLINE = "deadline"
-    TTFT_SLO = "ttft_slo"
-
-
 @dataclass(frozen=True, slots=True)
-class Outlook:
-    """What awaits a request."""
+class Serving:
+    """How long requests take once they have a place, as of late."""
 
-    wait_s: float | None
-    """Until it has its place on a worker; None: not known."""
-    first_token_s: float
-    """From there to its first token, as of late."""
+    first_token_s: float = 0.0
+    """From the place to the first token."""
+    token_s: float = 0.0
+    """From one token to the next."""
+    answer_tokens: float = USUAL_ANSWER_TOKENS
 
-    def too_long(self, left_s: float, slo_s: float | None, sureness: float = 1.0) -> TooLong | None:
-        """Why it is too long, with `left_s` to the deadline and `slo_s` to when its first token is due; else None.
+    def expected_tokens(self, max_tokens: int) -> float:
+        """Of an answer that may have so many."""
+        return min(max_tokens, self.answer_tokens)
 
-        `sureness` below 1 wants the wait to be too long even if it turns out shorter by this factor.
+    def admit_by(self, now: float, deadline: float, max_tokens: int, slo_s: float | None) -> tuple[float, bool]:
+        """When a request that comes now must have its place to be served in time; and whether that is for the SLO.
+
+        However little time it has, a part of it may be spent waiting: its answer may turn out shorter.
         """
-        if self.wait_s is None:
-            return None
-        wait_s = self.wait_s * sureness
-        if wait_s >= left_s:
-            return TooLong.DEADLINE
-        return TooLong.TTFT_SLO if slo_s is not None and wait_s + self.first_token_s > slo_s else None
+        serving_s = self.first_token_s + self.token_s * self.expected_tokens(max_tokens)
+        for_deadline = max(deadline - serving_s, now + LEAST_SHARE * (deadline - now))
+        if slo_s is None or now + slo_s - self.first_token_s >= for_deadline:
+            return for_deadline, False
+        return max(now + slo_s - self.first_token_s, now + LEAST_SHARE * slo_s), True
+
+
+class Usual:
+    """What serving took of late: each answer counts a twentieth, the first ones alike."""
+
+    def __init__(self) -> None:
+        self._means = {"first_token_s": _Mean(), "token_s": _Mean(), "answer_tokens": _Mean()}
+        self.serving = Serving()
+
+    def observe(self, num_tokens: int, first_token_s: float | None, rest_s: float | None) -> None:
+        """An answer is over: its tokens, the time to the first of them, and from that to the last."""
+        means = self._means
+        means["answer_tokens"].observe(num_tokens)
+        if first_token_s is not None:
+            means["first_token_s"].observe(first_token_s)
+        if rest_s is not None and num_tokens > 1:
+            means["token_s"].observe(rest_s / (num_tokens - 1))
+        self.serving = Serving(**{name: mean.value for name, mean in means.items() if mean.num})
+
+
+@dataclass(slots=True)
+class _Mean:
+    value: float = 0.0
+    num: int = 0
+
+    def observe(self, value: float) -> None:
+        self.num = min(self.num + 1, 20)
+        self.value += (value - self.value) / self.num
 
 
 def expected_wait_s(tokens_ahead: float, tokens_per_s: float | None, seen_s: float) -> float | None:
@@ -111,17 +139,3 @@ def retry_s(drained_in_s: float | None, least_s: float, chance: float) -> float:
     """
     wanted_s = least_s if drained_in_s is None else max(least_s, min(drained_in_s, MAX_RETRY_S))
     return wanted_s * (1 + JITTER * chance)
-
-
-class Usual:
-    """The mean of a quantity as of late: each new value counts a twentieth, the first ones alike."""
-
-    def __init__(self, value: float) -> None:
-        """`value` holds until there is another."""
-        self.value = value
-        self._num = 0
-
-    def observe(self, value: float) -> None:
-        """Count a value."""
-        self._num = min(self._num + 1, 20)
-        self.value += (value - self.value) / self._num

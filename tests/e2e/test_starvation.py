@@ -13,6 +13,8 @@ import pytest
 from decode_pool.config import DecodeOptions
 from engine.config import CacheOptions, EngineOptions, ModelOptions
 from protos import inference_pb2 as pb
+from router.config import RouterConfig
+from router.local_prefill import LocalPrefillConfig
 from tests.mini_cluster import Answer, MiniCluster, Shape
 
 WITHIN_S = 60.0
@@ -49,6 +51,10 @@ async def small_ones(cluster: MiniCluster, num_clients: int, length: int, num: i
         for task in stream.tasks:
             task.cancel()
         await asyncio.gather(*stream.tasks, return_exceptions=True)
+        async with asyncio.timeout(WITHIN_S):
+            while cluster.router.stats().in_flight:  # noqa: ASYNC110 (what was cancelled is on its way there)
+                await asyncio.sleep(0.01)
+        await cluster.router._dispatcher.aborts.settle(WITHIN_S)
 
 
 def shape(model: Path, num_blocks: int, decode: DecodeOptions, *, colocated: bool) -> Shape:
@@ -78,6 +84,37 @@ def test_a_long_prompt_is_served_under_a_stream_of_small_ones(
                 assert len(answer.token_ids) == 8
                 assert stream.num_served - served < 200
             await cluster.until_idle()
+
+    asyncio.run(main())
+
+
+def test_preempted_requests_are_computed_again_by_the_prefill_pool(tiny_llama: Path, tmp_path: Path) -> None:
+    """Under a stream of small ones, and with the answers of an engine that had room for all."""
+    decode = DecodeOptions(predicted_answer_tokens=0, answer_margin=0.0, give_back_tokens=48)
+    asked = [request(30, 120, seed=9 + number) for number in range(2)]
+
+    async def answers(cluster: MiniCluster) -> list[list[int]]:
+        async with asyncio.timeout(WITHIN_S):
+            return [answer.token_ids for answer in await asyncio.gather(*map(cluster.generate, asked))]
+
+    async def main() -> None:
+        async with MiniCluster(shape(tiny_llama, 200, DecodeOptions(), colocated=True), tmp_path) as roomy:
+            expected = await answers(roomy)
+        (tmp_path / "tight").mkdir()
+        tight = shape(tiny_llama, 20, decode, colocated=False)
+        tight.router = RouterConfig(port=0, local_prefill=LocalPrefillConfig(max_share=0.0))
+        async with MiniCluster(tight, tmp_path / "tight") as cluster:
+            async with small_ones(cluster, 10, 30, 40) as stream:
+                while stream.num_served < 4:  # noqa: ASYNC110 (the clients go on)
+                    await asyncio.sleep(0.01)
+                assert await answers(cluster) == expected
+            await cluster.until_idle()
+            stats = cluster.router.stats()
+            print(
+                f"{stats.given_back} given back, {cluster.workers['decode-0'].front.link.stats.preemptions} preempted"
+            )
+            assert stats.given_back > 0
+            assert stats.failed_attempts == 0
 
     asyncio.run(main())
 

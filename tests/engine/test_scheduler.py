@@ -1,5 +1,4 @@
 from collections import deque
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -163,21 +162,6 @@ def test_the_youngest_is_preempted_and_answers_stay_right(ahead):
     for name, prompt in prompts.items():
         assert tokens_of(outputs[name]) == expected_answer(prompt, 20)
         assert [output.offset for output in outputs[name]] == list(range(20))
-
-
-def test_age_counts_from_the_first_arrival_at_a_router(ahead):
-    """The one that came here last has been about for longest: others give way, and its own answer is not held up."""
-    scheduler, runner = make_scheduler(8), ToyRunner(8, 4, ahead)
-    prompts = {"a": [1, 2, 5, 9, 11], "b": [2, 2, 5, 9, 11]}
-    young = [add(scheduler, name, prompt, arrival=100.0, max_tokens=20) for name, prompt in prompts.items()]
-    request = replace(make_request("old", [30, 2, 5, 9, 11], max_tokens=20), age_s=60.0)
-    old = Sequence.from_request(request, 101.0)
-    assert (old.came_at, old.arrival) == (101.0, 41.0)
-    scheduler.add(old)
-    outputs = run_to_end(scheduler, runner)
-    assert old.num_preemptions == 0
-    assert sum(sequence.num_preemptions for sequence in young) > 0
-    assert all(len(tokens_of(said)) == 20 for said in outputs.values())
 
 
 def test_received_kv_that_waits_gives_way_to_an_older_sequence(ahead):

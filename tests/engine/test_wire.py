@@ -46,6 +46,7 @@ requests = st.builds(
     deadline_s=st.none() | st.floats(1e-6, 1e6),
     resume_from=token_ids,
     age_s=st.floats(0, 1e6),
+    num_preemptions=st.integers(0, 9),
 )
 logprobs = st.builds(
     TokenLogprobs,

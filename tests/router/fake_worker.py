@@ -44,6 +44,8 @@ class Behaviour:
     """The answer's token at this position ends it."""
     fail_at: int | None = None
     """Answers FAILED instead of the token at this position, once."""
+    preempt_at: set[int] = field(default_factory=set)
+    """Gives the request back instead of the token at one of these positions, once each."""
     unavailable: bool = False
     silent: bool = False
     """Like a stopped process: connections stay, nothing is said."""
@@ -207,6 +209,17 @@ class FakeWorker:
                     attempt=request.attempt,
                     finish=failed,
                     reason="told to",
+                    offset=running.known,
+                )
+            ]
+        if running.known in self.behaviour.preempt_at:
+            self.behaviour.preempt_at.discard(running.known)
+            del self.running[request.request_id]
+            return [
+                worker_pb2.TokenOutput(
+                    request_id=request.request_id,
+                    attempt=request.attempt,
+                    finish=worker_pb2.ENGINE_FINISH_PREEMPTED,
                     offset=running.known,
                 )
             ]

@@ -5,18 +5,17 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
 
-from router.admission import EARMARK_AFTER, Line, Place, PlaceState
-from router.config import RouterConfig
+from router.admission import EARMARK_AFTER, Place, PlaceState
 from router.errors import OverloadedError
 from router.fair_queue import Claim
 from router.tenant_config import TenantConfig
 from tests.router.fake_worker import Behaviour, expected_answer
 from tests.router.harness import PROMPT, ask, cluster, eventually, run
+from tests.router.waiters import Waiters, line_of
 
 
 @pytest.mark.parametrize("split", [True, False])
@@ -109,10 +108,6 @@ async def waiter(place: Place, order: list[str], name: str) -> None:
         place.admitted()
 
 
-def line_of(**config: Any) -> Line:
-    return Line(RouterConfig(**config))
-
-
 def test_news_wakes_the_head_and_success_wakes_the_next() -> None:
     async def scenario() -> None:
         line, order = line_of(), list[str]()
@@ -173,60 +168,6 @@ def test_line_of_no_places_refuses_whoever_must_wait() -> None:
     run(scenario())
 
 
-class Clock:
-    """A clock that the test moves."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class Waiters:
-    """Requests that wait at a line; each tries when it is woken, and gets its place if `room` has one."""
-
-    def __init__(self, line: Line) -> None:
-        self.line = line
-        self.order: list[str] = []
-        self.refusals: dict[str, OverloadedError] = {}
-        self.room = 0
-        self.too_large: set[str] = set()
-        self._tasks: list[asyncio.Task[None]] = []
-
-    async def add(self, name: str, claim: Claim) -> None:
-        self._tasks.append(asyncio.create_task(self._wait(name, claim)))
-        await asyncio.sleep(0)
-
-    async def _wait(self, name: str, claim: Claim) -> None:
-        with self.line.arrive(claim) as place:
-            try:
-                await place.turn(may_refuse=True)
-                while not self.room or name in self.too_large:
-                    await place.wait(may_refuse=True)
-                    await place.turn(may_refuse=True)
-            except OverloadedError as error:
-                self.refusals[name] = error
-                return
-            self.room -= 1
-            self.order.append(name)
-            place.admitted()
-
-    async def admit(self, num: int) -> None:
-        """There is room for so many, one after the other."""
-        for _ in range(num):
-            self.room += 1
-            self.line.news()
-            for _ in range(3):
-                await asyncio.sleep(0)
-
-    async def end(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        assert not len(self.line)
-
-
 def test_shares_of_tenants_hold_while_one_floods() -> None:
     async def scenario() -> None:
         made = Waiters(line_of(tenants={"paying": TenantConfig(weight=2.0)}))
@@ -282,66 +223,6 @@ def test_a_higher_class_does_overtake_a_large_request() -> None:
         await made.add("urgent", Claim(priority=-1))
         await made.admit(1)
         assert made.order == ["urgent"]
-        await made.end()
-
-    run(scenario())
-
-
-async def measured(clock: Clock, **config: Any) -> Waiters:
-    """A line of 20 requests of 100 tokens each, of which one a second got its place."""
-    made = Waiters(Line(RouterConfig(**config), clock))
-    for number in range(40):
-        await made.add(f"r{number}", Claim(num_tokens=100, deadline=110.0))
-    for _ in range(20):
-        clock.now += 1.0
-        await made.admit(1)
-    return made
-
-
-def test_whoever_would_miss_its_deadline_is_refused_on_arrival() -> None:
-    async def scenario() -> None:
-        clock = Clock()
-        made = await measured(clock)
-        made.line.check_open(Claim(deadline=clock.now + 40.0))
-        with pytest.raises(
-            OverloadedError, match=r"20 requests wait .* would wait about 1\d\.. s and has 10\.0 s"
-        ) as told:
-            made.line.check_open(Claim(deadline=clock.now + 10.0))
-        assert told.value.retry_after_s is not None
-        assert 3.0 < told.value.retry_after_s < 10.0
-        assert made.line.refused == {"deadline": 1}
-        made.line.check_open(Claim(priority=-1, deadline=clock.now + 10.0))  # goes before all others
-        await made.end()
-
-    run(scenario())
-
-
-def test_whoever_would_miss_the_slo_is_refused_on_arrival() -> None:
-    async def scenario() -> None:
-        clock = Clock()
-        made = await measured(clock, ttft_slo_s=10.0)
-        with pytest.raises(OverloadedError, match=r"the router's limit is 10 s; try again in \d+\.\d s") as told:
-            made.line.check_open(Claim())
-        assert told.value.retry_after_s is not None
-        assert 3.0 < told.value.retry_after_s < 10.0
-        assert made.line.refused == {"ttft_slo": 1}
-        await made.end()
-
-    run(scenario())
-
-
-def test_whoever_waits_in_vain_is_refused_as_soon_as_that_is_known() -> None:
-    async def scenario() -> None:
-        clock = Clock()
-        made = await measured(clock)
-        for name, priority, left_s in (("hopeless", 0, 6.0), ("doubtful", 0, 12.0), ("urgent", -1, 8.0)):
-            due = clock.now + left_s
-            await made.add(name, Claim(priority, num_tokens=100, deadline=due, admit_by=due))
-        clock.now += 0.3
-        made.line.news()
-        await asyncio.sleep(0)
-        assert list(made.refusals) == ["hopeless"]
-        assert "try again in" in made.refusals["hopeless"].message
         await made.end()
 
     run(scenario())

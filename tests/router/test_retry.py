@@ -98,6 +98,24 @@ def test_worker_that_gives_a_request_up(model: Path) -> None:
     run(scenario())
 
 
+def test_a_request_that_is_given_back_goes_on_through_the_prefill_pool(model: Path) -> None:
+    """No failure: the only workers are asked again, however few attempts there are."""
+
+    async def scenario() -> None:
+        async with cluster(model, max_attempts=1) as made:
+            made.workers["d0"].behaviour.preempt_at = {3, 7, 11}
+            answer = await made.ask(ask("r1", num=20))
+            assert answer.token_ids == expected_answer(PROMPT, 20)
+            assert (made.app.stats().failed_attempts, made.app.stats().given_back) == (0, 3)
+            assert made.workers["p0"].prefilled == ["r1"] * 4
+            told = [(len(request.resume_from), request.num_preemptions) for request in made.workers["p0"].received]
+            assert told == [(0, 0), (3, 1), (7, 2), (11, 3)]
+            assert not made.workers["d0"].aborts
+            await made.idle()
+
+    run(scenario())
+
+
 def test_only_worker_of_a_role_may_try_again(model: Path) -> None:
     async def scenario() -> None:
         async with cluster(model) as made:

@@ -1,6 +1,6 @@
 import pytest
 
-from router.wait_forecast import MAX_RETRY_S, AdmissionRate, Outlook, TooLong, Usual, expected_wait_s, retry_s
+from router.wait_forecast import MAX_RETRY_S, AdmissionRate, Serving, Usual, expected_wait_s, retry_s
 
 
 def test_the_rate_counts_only_while_somebody_waits():
@@ -39,18 +39,20 @@ def test_no_rate_is_known_from_a_moment_nor_from_a_few():
     assert slow.per_s(4.0) is None
 
 
-def test_a_wait_is_too_long_for_a_deadline_or_for_the_slo():
+def test_a_wait_is_what_is_ahead_over_the_rate_as_far_as_one_can_see():
     assert expected_wait_s(300.0, None, 9.0) is None
     assert expected_wait_s(300.0, 100.0, 9.0) == 3.0
     assert expected_wait_s(30_000.0, 100.0, 9.0) == 180.0  # 20 times what was watched
-    outlook = Outlook(3.0, 0.5)
-    assert outlook.too_long(10.0, None) is None
-    assert outlook.too_long(3.0, None) is TooLong.DEADLINE
-    assert outlook.too_long(10.0, 3.6) is None
-    assert outlook.too_long(10.0, 3.4) is TooLong.TTFT_SLO
-    assert outlook.too_long(2.0, 2.2, sureness=0.5) is None
-    assert outlook.too_long(2.0, 1.9, sureness=0.5) is TooLong.TTFT_SLO
-    assert Outlook(None, 0.5).too_long(0.0, 0.1) is None
+
+
+def test_a_place_must_come_in_time_for_the_whole_answer_and_for_the_first_token():
+    serving = Serving(first_token_s=0.5, token_s=0.01, answer_tokens=100.0)
+    assert serving.admit_by(10.0, 20.0, 1000, None) == (pytest.approx(18.5), False)
+    assert serving.admit_by(10.0, 20.0, 50, None) == (pytest.approx(19.0), False)
+    assert serving.admit_by(10.0, 20.0, 1000, 3.0) == (pytest.approx(12.5), True)
+    assert serving.admit_by(10.0, 12.0, 1000, 3.0) == (pytest.approx(10.5), False)
+    assert serving.admit_by(10.0, 11.0, 1000, None) == (pytest.approx(10.1), False)  # its answer may be a short one
+    assert Serving().admit_by(10.0, 20.0, 1000, None) == (20.0, False)
 
 
 def test_the_time_to_retry_is_what_the_queue_needs_within_bounds():
@@ -61,13 +63,15 @@ def test_the_time_to_retry_is_what_the_queue_needs_within_bounds():
     assert retry_s(1e9, 1.0, 0.0) == MAX_RETRY_S
 
 
-def test_a_usual_value_follows_the_latest():
-    usual = Usual(256.0)
-    assert usual.value == 256.0
-    usual.observe(10.0)
-    assert usual.value == 10.0
-    usual.observe(20.0)
-    assert usual.value == 15.0
+def test_what_serving_takes_follows_the_latest():
+    usual = Usual()
+    assert usual.serving == Serving()
+    usual.observe(11, 0.2, 0.1)
+    assert usual.serving == Serving(0.2, 0.01, 11.0)
+    usual.observe(1, None, None)
+    assert usual.serving == Serving(0.2, 0.01, 6.0)
     for _ in range(200):
-        usual.observe(100.0)
-    assert usual.value == pytest.approx(100.0, rel=0.01)
+        usual.observe(101, 0.4, 2.0)
+    assert usual.serving.token_s == pytest.approx(0.02, rel=0.01)
+    assert usual.serving.expected_tokens(1000) == pytest.approx(101, rel=0.01)
+    assert usual.serving.expected_tokens(7) == 7
