@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 MEMORY_S = 10.0
 """Seconds of waiting after which an admission counts 1/e."""
+ARRIVALS_MEMORY_S = 3.0
+"""The same of what arrives, which changes faster than what can be served."""
 MIN_SEEN_S = 1.0
 """Seconds of waiting before which no rate is known."""
 MIN_ADMISSIONS = 3.0
@@ -93,10 +95,10 @@ class Arrivals:
     def above_per_s(self, priority: int, now: float) -> float:
         """Those of higher classes."""
         self._age(now)
-        return sum(tokens for other, tokens in self._tokens.items() if other < priority) / MEMORY_S
+        return sum(tokens for other, tokens in self._tokens.items() if other < priority) / ARRIVALS_MEMORY_S
 
     def _age(self, now: float) -> None:
-        kept = math.exp(-max(0.0, now - self._at) / MEMORY_S)
+        kept = math.exp(-max(0.0, now - self._at) / ARRIVALS_MEMORY_S)
         self._at = now
         self._tokens = {other: tokens * kept for other, tokens in self._tokens.items() if tokens * kept > 1e-3}
 
