@@ -60,7 +60,7 @@ class Line:
     def __init__(self, config: RouterConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         self.refused: dict[str, int] = {}
-        """Requests that were refused for what waits here, by reason: full, tenant_full, deadline or ttft_slo."""
+        """Requests that were refused for what waits here, by reason (see RouterStats)."""
         self._config = config
         self._queue = FairQueue[Place](lambda tenant: self._tenant(tenant).weight)
         self._rate = AdmissionRate()
@@ -172,7 +172,7 @@ class Line:
         if head is None or head.state is not PlaceState.WAITING:
             return
         if head.may_refuse and head.claim.admit_by < now:
-            head.refuse(self._too_late(head.claim, 0.0, now))
+            head.refuse(self._too_late(head.claim, 0.0, now, has_waited=True))
         else:
             head.wake()
 
@@ -201,9 +201,9 @@ class Line:
         for place in sorted(urgent, key=lambda place: place.claim.admit_by)[:MAX_LOOKS]:
             wait_s = self._wait_s(self._queue.tokens_ahead_of(place), place.claim.priority, now) or 0.0
             if place.state is PlaceState.WAITING and now + DOUBT * wait_s > place.claim.admit_by:
-                place.refuse(self._too_late(place.claim, wait_s, now))
+                place.refuse(self._too_late(place.claim, wait_s, now, has_waited=True))
 
-    def _too_late(self, claim: Claim, wait_s: float, now: float) -> OverloadedError:
+    def _too_late(self, claim: Claim, wait_s: float, now: float, *, has_waited: bool = False) -> OverloadedError:
         after_s = self._retry_s(wait_s - CAUTION * (claim.admit_by - now))
         what, advice = "its deadline", "or allow more time with deadline_s"
         if claim.for_slo:
@@ -211,7 +211,8 @@ class Line:
         left_s = max(0.0, claim.admit_by - now)
         told = f"{len(self._queue)} requests wait for a worker, this one for about {wait_s:.1f} s; {what} leaves it "
         text = f"{told}{left_s:.1f} s to wait; try again in {after_s:.1f} s, {advice}"
-        return self._refusal("ttft_slo" if claim.for_slo else "deadline", text, after_s)
+        reason = "waited" if has_waited else "ttft_slo" if claim.for_slo else "deadline"
+        return self._refusal(reason, text, after_s)
 
     def _retry_s(self, drained_in_s: float | None) -> float:
         return retry_s(drained_in_s, self._config.retry_after_s, random.random())

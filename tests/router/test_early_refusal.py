@@ -110,6 +110,7 @@ def test_whoever_waits_in_vain_is_refused_as_soon_as_that_is_known() -> None:
         made.line.news()
         await asyncio.sleep(0)
         assert list(made.refusals) == ["hopeless"]
+        assert made.line.refused == {"waited": 1}
         assert "try again in" in made.refusals["hopeless"].message
         await made.end()
 
