@@ -28,7 +28,7 @@ from router.config import RouterConfig
 from router.errors import OverloadedError
 from router.fair_queue import Claim, FairQueue
 from router.tenant_config import TenantConfig
-from router.wait_forecast import AdmissionRate, Usual, retry_s
+from router.wait_forecast import AdmissionRate, Arrivals, Usual, expected_wait_s, retry_s
 
 EARMARK_AFTER = 3
 """Tries without success after which the head stays the head of its class."""
@@ -60,11 +60,14 @@ class Line:
     def __init__(self, config: RouterConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         self.refused: dict[str, int] = {}
-        """Requests that were refused for what waits here, by reason: full, tenant_full, deadline or ttft_slo."""
+        """Requests that were refused for what waits here, by reason (see RouterStats)."""
         self._config = config
         self._queue = FairQueue[Place](lambda tenant: self._tenant(tenant).weight)
         self._rate = AdmissionRate()
         self._usual = Usual()
+        self._came = Arrivals()
+        self._num_serving = 0
+        """Requests that have a place."""
         self._arrivals = 0
         self._news = 0
         self._look_at = 0.0
@@ -82,6 +85,7 @@ class Line:
     def arrive(self, claim: Claim) -> Place:
         """A place of one's own; use it as a context manager."""
         self._arrivals += 1
+        self._came.add(claim.priority, claim.num_tokens, self.clock())
         return Place(self, claim, self._arrivals)
 
     def served(self, num_answer_tokens: int, first_token_s: float | None, rest_s: float | None) -> None:
@@ -94,7 +98,7 @@ class Line:
         if not len(self._queue):
             return
         now = self.clock()
-        wait_s = self._rate.wait_s(self._queue.tokens_before(claim), now)
+        wait_s = self._wait_s(self._queue.tokens_before(claim), claim.priority, now)
         if wait_s is not None and wait_s > CAUTION * (claim.admit_by - now):
             raise self._too_late(claim, wait_s, now)
 
@@ -106,7 +110,7 @@ class Line:
             num, limit, whose = self._queue.num_of(tenant), own_limit, f" of tenant {tenant}"
         if num < limit:
             return
-        wait_s = self._rate.wait_s(self._queue.num_tokens(), self.clock())
+        wait_s = self._wait_s(self._queue.num_tokens(), None, self.clock())
         after_s = self._retry_s(None if wait_s is None else wait_s * 0.5)
         expected = "" if wait_s is None else f", which takes about {wait_s:.1f} s"
         raise self._refusal(
@@ -146,6 +150,10 @@ class Line:
         """Nobody of its class may overtake it any more."""
         self._queue.mark_first(place)
 
+    def serves(self, change: int) -> None:
+        """So many more, or fewer, have a place."""
+        self._num_serving += change
+
     def admitted(self, place: Place) -> None:
         """One of the line has its place: it counts as its tenant's."""
         self._queue.charge(place.claim)
@@ -164,12 +172,21 @@ class Line:
         if head is None or head.state is not PlaceState.WAITING:
             return
         if head.may_refuse and head.claim.admit_by < now:
-            head.refuse(self._too_late(head.claim, 0.0, now))
+            head.refuse(self._too_late(head.claim, 0.0, now, has_waited=True))
         else:
             head.wake()
 
     def _tenant(self, name: str) -> TenantConfig:
         return self._config.tenants.get(name, _NO_TENANT)
+
+    def _wait_s(self, tokens_ahead: float, priority: int | None, now: float) -> float | None:
+        """Until so many tokens have gone; `priority`: those of higher classes that come meanwhile go before, too."""
+        above_per_s = 0.0 if priority is None else self._came.above_per_s(priority, now)
+        rate, seen_s, serving = self._rate.per_s(now), self._rate.seen_s, self._usual.serving
+        if rate is None:
+            rate = serving.rate(self._num_serving, self._queue.num_tokens() / max(1, len(self._queue)))
+            seen_s = max(seen_s, serving.whole_s())
+        return expected_wait_s(tokens_ahead, rate, seen_s, above_per_s)
 
     def _look(self) -> None:
         """Refuse those that cannot be served in time; now and then, and the most urgent ones first."""
@@ -177,16 +194,16 @@ class Line:
         if now < self._look_at:
             return
         self._look_at = now + LOOK_EVERY_S
-        drained_s = self._rate.wait_s(self._queue.num_tokens(), now)
-        if drained_s is None:
+        far_s = self._wait_s(self._queue.num_tokens(), max(place.claim.priority for place in self._queue), now)
+        if far_s is None:
             return
-        urgent = [place for place in self._queue if place.may_refuse and place.claim.admit_by < now + DOUBT * drained_s]
+        urgent = [place for place in self._queue if place.may_refuse and place.claim.admit_by < now + DOUBT * far_s]
         for place in sorted(urgent, key=lambda place: place.claim.admit_by)[:MAX_LOOKS]:
-            wait_s = self._rate.wait_s(self._queue.tokens_ahead_of(place), now) or 0.0
+            wait_s = self._wait_s(self._queue.tokens_ahead_of(place), place.claim.priority, now) or 0.0
             if place.state is PlaceState.WAITING and now + DOUBT * wait_s > place.claim.admit_by:
-                place.refuse(self._too_late(place.claim, wait_s, now))
+                place.refuse(self._too_late(place.claim, wait_s, now, has_waited=True))
 
-    def _too_late(self, claim: Claim, wait_s: float, now: float) -> OverloadedError:
+    def _too_late(self, claim: Claim, wait_s: float, now: float, *, has_waited: bool = False) -> OverloadedError:
         after_s = self._retry_s(wait_s - CAUTION * (claim.admit_by - now))
         what, advice = "its deadline", "or allow more time with deadline_s"
         if claim.for_slo:
@@ -194,7 +211,8 @@ class Line:
         left_s = max(0.0, claim.admit_by - now)
         told = f"{len(self._queue)} requests wait for a worker, this one for about {wait_s:.1f} s; {what} leaves it "
         text = f"{told}{left_s:.1f} s to wait; try again in {after_s:.1f} s, {advice}"
-        return self._refusal("ttft_slo" if claim.for_slo else "deadline", text, after_s)
+        reason = "waited" if has_waited else "ttft_slo" if claim.for_slo else "deadline"
+        return self._refusal(reason, text, after_s)
 
     def _retry_s(self, drained_in_s: float | None) -> float:
         return retry_s(drained_in_s, self._config.retry_after_s, random.random())
@@ -229,6 +247,8 @@ class Place:
     ) -> None:
         self._leave_line()
         self.state = PlaceState.LEFT
+        if self._had_place:
+            self._line.serves(-1)
 
     @property
     def is_earmarked(self) -> bool:
@@ -271,8 +291,10 @@ class Place:
 
     def admitted(self) -> None:
         """A worker took the request: let the next one try."""
-        if self.state is not PlaceState.FREE and not self._had_place:
-            self._line.admitted(self)
+        if not self._had_place:
+            self._line.serves(1)
+            if self.state is not PlaceState.FREE:
+                self._line.admitted(self)
         self._had_place = True
         self._leave_line()
 

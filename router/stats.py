@@ -54,7 +54,8 @@ class RouterStats:
     given_back: int = 0
     """Attempts that ended because a decode worker needed their blocks for others; each went on with another one."""
     refused: dict[str, int] = field(default_factory=dict)
-    """Refused for what waits already, by reason: `full`, `tenant_full`, `deadline`, `ttft_slo`."""
+    """Refused for what waits already, by reason: `full` or `tenant_full`; `deadline` or `ttft_slo` where that would be
+    missed; `waited` where that was known only later."""
     in_flight: int = 0
     queued: int = 0
     workers: dict[str, int] = field(default_factory=dict)

@@ -69,6 +69,22 @@ def test_whoever_would_miss_the_slo_is_refused_on_arrival() -> None:
     run(scenario())
 
 
+def test_what_higher_classes_take_is_not_there_for_the_others() -> None:
+    async def scenario() -> None:
+        clock = Clock()
+        made = await measured(clock)
+        made.line.check_open(asking(made, clock, 40.0))
+        for _ in range(30):
+            clock.now += 0.2
+            made.line.arrive(Claim(-1, num_tokens=100))
+        made.line.check_open(asking(made, clock, 40.0, priority=-1))
+        with pytest.raises(OverloadedError, match="its deadline leaves it"):
+            made.line.check_open(asking(made, clock, 40.0))
+        await made.end()
+
+    run(scenario())
+
+
 def test_whoever_is_too_late_when_its_turn_comes_does_not_try() -> None:
     async def scenario() -> None:
         clock = Clock()
@@ -94,6 +110,7 @@ def test_whoever_waits_in_vain_is_refused_as_soon_as_that_is_known() -> None:
         made.line.news()
         await asyncio.sleep(0)
         assert list(made.refusals) == ["hopeless"]
+        assert made.line.refused == {"waited": 1}
         assert "try again in" in made.refusals["hopeless"].message
         await made.end()
 

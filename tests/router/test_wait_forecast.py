@@ -1,6 +1,6 @@
 import pytest
 
-from router.wait_forecast import MAX_RETRY_S, AdmissionRate, Serving, Usual, expected_wait_s, retry_s
+from router.wait_forecast import MAX_RETRY_S, AdmissionRate, Arrivals, Serving, Usual, expected_wait_s, retry_s
 
 
 def test_the_rate_counts_only_while_somebody_waits():
@@ -35,7 +35,6 @@ def test_no_rate_is_known_from_a_moment_nor_from_a_few():
     for number in range(2):
         slow.admitted(100, float(number))
     assert hasty.per_s(0.2) is None
-    assert hasty.wait_s(10**6, 0.2) is None
     assert slow.per_s(4.0) is None
 
 
@@ -43,6 +42,26 @@ def test_a_wait_is_what_is_ahead_over_the_rate_as_far_as_one_can_see():
     assert expected_wait_s(300.0, None, 9.0) is None
     assert expected_wait_s(300.0, 100.0, 9.0) == 3.0
     assert expected_wait_s(30_000.0, 100.0, 9.0) == 180.0  # 20 times what was watched
+
+
+def test_what_comes_of_higher_classes_goes_before():
+    came = Arrivals()
+    for tenth in range(600):
+        came.add(-1, 5, tenth / 10)
+        came.add(0, 2, tenth / 10)
+    assert came.above_per_s(-1, 60.0) == 0.0
+    assert came.above_per_s(0, 60.0) == pytest.approx(50, rel=0.05)
+    assert came.above_per_s(1, 60.0) == pytest.approx(70, rel=0.05)
+    assert came.above_per_s(1, 200.0) < 0.1
+    assert expected_wait_s(300.0, 100.0, 9.0, above_per_s=50.0) == 6.0
+    assert expected_wait_s(300.0, 100.0, 900.0, above_per_s=500.0) == 150.0
+
+
+def test_before_any_rate_was_seen_what_runs_tells_of_it():
+    serving = Serving(first_token_s=0.5, token_s=0.01, answer_tokens=50.0, num_seen=16)
+    assert serving.rate(8, 100.0) == 8 * 100 / 1.0 * 1.25
+    assert serving.rate(0, 100.0) is None
+    assert Serving().rate(8, 100.0) is None
 
 
 def test_a_place_must_come_in_time_for_the_whole_answer_and_for_the_first_token():
@@ -67,9 +86,9 @@ def test_what_serving_takes_follows_the_latest():
     usual = Usual()
     assert usual.serving == Serving()
     usual.observe(11, 0.2, 0.1)
-    assert usual.serving == Serving(0.2, 0.01, 11.0)
+    assert usual.serving == Serving(0.2, 0.01, 11.0, 1)
     usual.observe(1, None, None)
-    assert usual.serving == Serving(0.2, 0.01, 6.0)
+    assert usual.serving == Serving(0.2, 0.01, 6.0, 2)
     for _ in range(200):
         usual.observe(101, 0.4, 2.0)
     assert usual.serving.token_s == pytest.approx(0.02, rel=0.01)
