@@ -23,6 +23,8 @@ pytestmark = pytest.mark.cluster
 
 __all__ = ["alone"]
 RESUME_S = 3.0
+GAP_S = 1.0
+"""No stream waits for the registry; what it may wait for is the machine, which starts the registry again meanwhile."""
 SLACK = 5
 NUM_TOKENS = 1200
 YAML = """
@@ -149,7 +151,7 @@ def test_a_killed_router_goes_on_itself_when_it_is_back(cluster, alone):
 
 def test_a_registry_killed_under_load_is_noticed_by_no_stream(cluster, alone):
     async def main() -> None:
-        async def one(index: int, begin_s: float) -> float:
+        async def one(index: int, begin_s: float) -> tuple[float, Answer, pb.GenerateRequest, dict]:
             await asyncio.sleep(begin_s)
             request, sampling = resumable(f"registry-{begin_s:g}", index)
             request.resumable = index % 3 == 0
@@ -161,8 +163,7 @@ def test_a_registry_killed_under_load_is_noticed_by_no_stream(cluster, alone):
                     now = time.monotonic()
                     longest = max(longest, now - last if last else 0.0)
                     last = now
-            assert answer.token_ids == alone(list(request.token_ids.ids), **sampling)
-            return longest
+            return longest, answer, request, sampling
 
         addresses_now = addresses(cluster)
         running = [asyncio.create_task(one(index, 0.0)) for index in range(6)]
@@ -170,8 +171,12 @@ def test_a_registry_killed_under_load_is_noticed_by_no_stream(cluster, alone):
         state = json.loads((cluster.run_dir / "state.json").read_text())
         os.kill(state["valkey"]["pid"], signal.SIGKILL)
         later = [asyncio.create_task(one(index, 0.1 + 0.1 * index)) for index in range(6)]
-        longest = max(await asyncio.gather(*running, *later))
+        outcomes = await asyncio.gather(*running, *later)
+        for _, answer, request, sampling in outcomes:
+            assert answer.token_ids == alone(list(request.token_ids.ids), **sampling)
+        longest = max(outcome[0] for outcome in outcomes)
         print(f"\nlongest gap of a stream: {longest:.2f} s")
+        assert longest < GAP_S * SLACK
 
     asyncio.run(main())
     cluster.until(lambda members: all(item["state"] == "ready" for item in members.values()))
