@@ -93,6 +93,9 @@ class Dispatcher:
             return await attempt.follow(emit) if await attempt.adopt() else None
         except WorkerFullError:
             return None
+        except PreemptedError as error:
+            self._given_back(job, error)
+            return None
         except AttemptFailedError as error:
             self._failed(job, attempt, error)
             return None
