@@ -2,6 +2,7 @@
 
     RUNNING --last word--> ENDED (kept for `replay_s`, to be told again)
        |--nobody has followed it for `grace_s`--> ended, its workers are told
+       |--no worker can go on for now--> (gone here; its record stays, for Resume to try again)
        '--another router has taken it over--> (gone, and whoever follows it gets ABORTED)
 
 A run is followed by at most one call; a new one cuts the one before off. Where the store can be reached it says who
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 ATTEMPTS_A_GENERATION = 1 << 20
 """Each router that serves a request numbers its attempts from a start of its own, above those of the one before."""
 TURN_S = 10.0
+NOT_KEPT_S = 0.001
 
 
 class Run:
@@ -52,6 +54,18 @@ class Run:
         self.follower: Scope | None = None
         self.forget: asyncio.TimerHandle | None = None
         """Ends the run when nobody comes to follow it; when it has ended: forgets it."""
+
+    @property
+    def may_be_tried_again(self) -> bool:
+        """Whether it ended before it was accepted, or in a way that may be over soon: then it is not kept here."""
+        failure = self.story.failure
+        return self.story.accepted is None or (failure is not None and failure.retry_after_s is not None)
+
+    @property
+    def goes_on_elsewhere(self) -> bool:
+        """Whether a client has tokens of an answer that could not be ended for now: Resume may go on with it later."""
+        has_begun = self.story.num_tokens > 0 or self.record.generation > 0
+        return self.story.accepted is not None and self.may_be_tried_again and has_begun
 
     def replay(self, token_ids: list[int]) -> int:
         """How many characters of the answer come with its first tokens."""
@@ -194,19 +208,18 @@ class Runs:
             return
         if failure is not None:
             run.story.fail(failure)
-        resume = self._desk.config.resume
         if run.forget is not None:
             run.forget.cancel()
-        if run.story.accepted is None:
-            self._drop(run)  # refused: the same id may be tried again
-            resume_s = 0.001
+        kept_s = self._desk.config.resume.replay_s
+        if run.may_be_tried_again:
+            self._drop(run)
+            kept_s = NOT_KEPT_S
         else:
-            run.forget = asyncio.get_running_loop().call_later(resume.replay_s, self._drop, run)
+            run.forget = asyncio.get_running_loop().call_later(kept_s, self._drop, run)
             self._make_room()
-            resume_s = resume.replay_s
-        if not run.session.leaves_it_running:
+        if not run.session.leaves_it_running and not run.goes_on_elsewhere:
             try:
-                await self._store.ended(run.record.request_id, run.record.generation, resume_s)
+                await self._store.ended(run.record.request_id, run.record.generation, kept_s)
             except StoreUnavailableError as error:
                 logger.warning("a request's record is left to run out: %s", error)
 

@@ -186,6 +186,34 @@ def test_a_worker_that_lost_it_too_costs_only_time(tiny_llama, tmp_path):
     run(shape_of(tiny_llama, decode=DecodeOptions(orphan_grace_s=0.0)), tmp_path, scenario)
 
 
+def test_what_no_worker_could_end_goes_on_when_there_is_one(tiny_llama, tmp_path):
+    async def scenario(cluster: MiniCluster) -> None:
+        whole = Reading()
+        await whole.read(generate(cluster.stub, request_of("whole", num=900, seed=3, temperature=1.0)))
+        reading, lost = Reading(), asyncio.Event()
+
+        async def read() -> None:
+            call = generate(cluster.stub, request_of("r", num=900, seed=3, temperature=1.0))
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                async for event in call:
+                    reading.answer.take(event)
+                    if reading.num_tokens > 5:
+                        lost.set()
+            assert await call.code() is grpc.StatusCode.UNAVAILABLE
+
+        task = asyncio.create_task(read())
+        await lost.wait()
+        await cluster.workers.pop("decode-0").front.stop()
+        await task
+        await cluster.add_worker("decode-1", "decode")
+        await until(lambda: cluster.router.stats().workers.get("ready") == 2, "the router knows the new worker")
+        await reading.read(resume(cluster.stub, "r", reading.num_tokens))
+        assert reading.answer.token_ids == whole.answer.token_ids
+        assert reading.answer.text == whole.answer.text
+
+    run(shape_of(tiny_llama), tmp_path, scenario)
+
+
 def test_what_nobody_follows_ends(tiny_llama, tmp_path):
     async def scenario(cluster: MiniCluster) -> None:
         reading = Reading()
