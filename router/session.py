@@ -169,7 +169,9 @@ class Session:
             desk.check_open(request, self._tenant, limit_s)
         request_id = validation.request_id(self._request.request_id)
         if request_id in self._desk.running:
-            raise DuplicateRequestError(f"a request with the id {request_id!r} is running")
+            raise DuplicateRequestError(
+                f"a request with the id {request_id!r} is running; one that is marked resumable could be gone on with"
+            )
         self.request_id = request_id
         self._desk.running[request_id] = self.scope
         try:
