@@ -40,13 +40,18 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "msg": record.getMessage(),
         }
-        line.update({key: value for key, value in vars(record).items() if key not in _STANDARD and key not in line})
+        line.update({key: value for key, value in vars(record).items() if _is_extra(key) and key not in line})
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
         text = json.dumps(line, ensure_ascii=False, default=str)
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return text
+
+
+def _is_extra(key: str) -> bool:
+    """Whether an attribute of a record was given with it; Ray, where it is loaded, adds one of its own to all."""
+    return key not in _STANDARD and not key.startswith("_ray_")
 
 
 def configure(
