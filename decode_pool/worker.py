@@ -137,7 +137,8 @@ class DecodeWorker:
         if not sequence.request.resumable:
             return False
         if key not in self._orphans and sequence.owner != message.router_id:
-            moved = pb.TokenOutput(request_id=key[0], attempt=key[1], offset=sequence.num_generated_tokens)
+            num_told = sequence.num_known_tokens - sequence.num_prompt_tokens
+            moved = pb.TokenOutput(request_id=key[0], attempt=key[1], offset=num_told)
             moved.finish, moved.reason = pb.ENGINE_FINISH_MOVED, f"router {message.router_id} has adopted it"
             self._emit(sequence.owner, moved)
         self._orphans.adopt(key)
@@ -252,13 +253,14 @@ class DecodeWorker:
     def _wait_for_adoption(self) -> None:
         """Come back when the first orphan's time is over."""
         if self._grace is not None:
-            self._grace.cancel()
+            return
         loop = self._engine.loop
         self._grace = threading.Timer(self._orphans.grace_s, lambda: loop.post(self._end_expired))
         self._grace.name, self._grace.daemon = "orphans' grace", True
         self._grace.start()
 
     def _end_expired(self) -> None:
+        self._grace = None
         for key in self._orphans.expired(time.monotonic()):
             entry = self._running.get(key)
             if entry is not None:

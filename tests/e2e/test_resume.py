@@ -72,7 +72,7 @@ def shape_of(model, **changes) -> Shape:
     router = RouterConfig(port=0, resume=changes.pop("resume", ResumeConfig()), local_prefill=never)
     return Shape(
         model=ModelOptions(path=str(model)),
-        options=EngineOptions(max_step_tokens=64, max_running=32),
+        options=EngineOptions(max_step_tokens=64, max_running=32, overlap=changes.pop("overlap", "auto")),
         router=router,
         **changes,
     )
@@ -115,7 +115,8 @@ def test_a_client_that_comes_back_misses_nothing(tiny_llama, tmp_path, sampling,
     run(shape_of(tiny_llama, colocated=colocated), tmp_path, scenario)
 
 
-def test_another_router_goes_on_with_it_and_nothing_is_generated_twice(tiny_llama, tmp_path):
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_another_router_goes_on_with_it_and_nothing_is_generated_twice(tiny_llama, tmp_path, overlap):
     async def scenario(cluster: MiniCluster) -> None:
         whole = Reading()
         await whole.read(generate(cluster.stub, request_of("whole", num=400)))
@@ -132,7 +133,7 @@ def test_another_router_goes_on_with_it_and_nothing_is_generated_twice(tiny_llam
         assert cluster.router.stats().outcomes == {"length": 1, "aborted": 1}
         assert other.stats().outcomes == {"length": 1}
 
-    run(shape_of(tiny_llama), tmp_path, scenario)
+    run(shape_of(tiny_llama, overlap=overlap), tmp_path, scenario)
 
 
 def test_a_stream_that_is_read_is_cut_off_when_another_router_takes_it_over(tiny_llama, tmp_path):
