@@ -13,8 +13,10 @@ from the same seed, which gives the same tokens. While the store is away, reques
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
 from protos import inference_pb2, worker_pb2
@@ -64,8 +66,7 @@ class Run:
     @property
     def goes_on_elsewhere(self) -> bool:
         """Whether a client has tokens of an answer that could not be ended for now: Resume may go on with it later."""
-        has_begun = self.story.num_tokens > 0 or self.record.generation > 0
-        return self.story.accepted is not None and self.may_be_tried_again and has_begun
+        return self.may_be_tried_again and (self.story.num_tokens > 0 or self.record.generation > 0)
 
     def replay(self, token_ids: list[int]) -> int:
         """How many characters of the answer come with its first tokens."""
@@ -81,6 +82,8 @@ class Runs:
         self._store = store
         self._router_id = router_id
         self._runs: dict[str, Run] = {}
+        self._asking: dict[str, asyncio.Event] = {}
+        """Requests that a call just now looks for in the store."""
         self._background = Background()
 
     def __len__(self) -> int:
@@ -88,9 +91,12 @@ class Runs:
 
     async def generate(self, request: inference_pb2.GenerateRequest, metadata: Metadata) -> Run:
         """The run of a resumable request: a new one, or the one that has its id and its body already."""
-        owner = self._desk.tenants.caller(metadata)
         request_id = request.request_id = validation.request_id(request.request_id)
-        body = _digest(request)
+        async with self._alone(request_id):
+            return await self._generate(request_id, request, metadata)
+
+    async def _generate(self, request_id: str, request: inference_pb2.GenerateRequest, metadata: Metadata) -> Run:
+        owner, body = self._desk.tenants.caller(metadata), _digest(request)
         if (run := self._runs.get(request_id)) is not None:
             return _same(run, run.record, owner, body)
         self._desk.check_open(request, self._desk.tenants.of(metadata), self._limit_s(request))
@@ -108,16 +114,15 @@ class Runs:
                 return await self._take_over(request_id, metadata, body)
         except StoreUnavailableError as error:
             logger.warning("resumable at this router only: %s", error, extra={"request_id": request_id})
-        if (run := self._runs.get(request_id)) is not None:  # it came twice at once
-            return _same(run, run.record, owner, body)
         return self._begin(record, request, metadata, None)
 
     async def find(self, request_id: str, metadata: Metadata) -> Run:
         """The run of a known request, taken over from another router if need be."""
-        if (run := self._runs.get(request_id)) is not None:
-            return _same(run, run.record, self._desk.tenants.caller(metadata), None)
         try:
-            return await self._take_over(request_id, metadata, None)
+            async with self._alone(request_id):
+                if (run := self._runs.get(request_id)) is not None:
+                    return _same(run, run.record, self._desk.tenants.caller(metadata), None)
+                return await self._take_over(request_id, metadata, None)
         except StoreUnavailableError as error:
             raise UnavailableError(
                 f"the registry, which knows where requests run, cannot be asked: {error}",
@@ -157,6 +162,18 @@ class Runs:
         await self._background.settle(TURN_S)
         self._runs.clear()
 
+    @contextlib.asynccontextmanager
+    async def _alone(self, request_id: str) -> AsyncIterator[None]:
+        """One call of a request at a time asks the store (which bounds how long), so that none takes over another's."""
+        while (other := self._asking.get(request_id)) is not None:
+            await other.wait()
+        done = self._asking[request_id] = asyncio.Event()
+        try:
+            yield
+        finally:
+            del self._asking[request_id]
+            done.set()
+
     async def _take_over(self, request_id: str, metadata: Metadata, body: str | None) -> Run:
         """Go on with a request of another router, or of this one's life before."""
         self._desk.check_stays()
@@ -169,8 +186,6 @@ class Runs:
         record = await self._store.take_over(request_id, self._router_id)
         if record is None:
             raise _unknown(request_id)
-        if (run := self._runs.get(request_id)) is not None:  # two calls at once
-            return _same(run, run.record, owner, body)
         request = inference_pb2.GenerateRequest.FromString(record.request)
         if not record.has_ended:  # else it is told again, in a time of its own
             request.deadline_s = max(0.001, min(self._limit_s(request), left_s - self._desk.config.resume.replay_s))

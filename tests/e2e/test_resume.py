@@ -249,6 +249,31 @@ def test_the_same_request_again_attaches_and_replays(tiny_llama, tmp_path):
     run(shape_of(tiny_llama), tmp_path, scenario)
 
 
+@pytest.mark.parametrize("at_another", [False, True])
+def test_calls_that_come_at_once_are_one_request(tiny_llama, tmp_path, at_another):
+    async def scenario(cluster: MiniCluster) -> None:
+        other, stub = await cluster.add_router("router-1")
+        await until(lambda: other.stats().workers.get("ready") == 2, "the second router knows the workers")
+        if at_another:
+            await Reading().read(generate(cluster.stub, request_of("r", num=700)), limit=3)
+            calls = [resume(stub, "r", 0) for _ in range(4)]
+        else:
+            calls = [generate(stub, request_of("r", num=700)) for _ in range(4)]
+
+        async def read(call) -> int:
+            reading = Reading()
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await reading.read(call)
+            code = await call.code()
+            assert code is (grpc.StatusCode.OK if reading.answer.finished is not None else grpc.StatusCode.ABORTED)
+            return reading.num_tokens if reading.answer.finished is not None else 0
+
+        assert sorted(await asyncio.gather(*map(read, calls))) == [0, 0, 0, 700]
+        assert other.stats().outcomes == {"length": 1}
+
+    run(shape_of(tiny_llama), tmp_path, scenario)
+
+
 def test_errors_say_what_is_wrong(tiny_llama, tmp_path):
     async def scenario(cluster: MiniCluster) -> None:
         code, message = await status_of(resume(cluster.stub, "nobody", 0))
