@@ -182,14 +182,15 @@ class FairQueue(Generic[W]):
         self._num_of[claim.tenant] = self.num_of(claim.tenant) + 1
 
     def remove(self, item: W) -> None:
-        """It waits no more. When nobody does, what was had of the shares is forgotten."""
-        self._classes[item.claim.priority].remove(item)
+        """It waits no more. When nobody of its class does, what was had of the class's shares is forgotten."""
+        group = self._classes[item.claim.priority]
+        group.remove(item)
+        if next(group.items(), None) is None:  # clients choose priorities: none may stay behind
+            del self._classes[item.claim.priority]
         self._len -= 1
         self._num_of[item.claim.tenant] -= 1
         if not self._num_of[item.claim.tenant]:
             del self._num_of[item.claim.tenant]
-        if not self._len:
-            self._classes.clear()
 
     def mark_first(self, item: W) -> None:
         """From here on it goes before all others of its class."""

@@ -114,3 +114,14 @@ def test_names_that_come_and_go_leave_nothing() -> None:
     assert len(queue._classes[0]._tenants) < 250
     drained(queue)
     assert not queue._classes
+
+
+def test_a_priority_that_nobody_has_any_more_leaves_nothing_behind() -> None:
+    queue, (stays,) = queue_of(Claim(0))
+    for priority in range(1, 500):
+        passing = Item(Claim(priority), priority)
+        queue.add(passing)
+        queue.charge(passing.claim)
+        queue.remove(passing)
+    assert list(queue._classes) == [0]
+    assert queue.head() is stays
