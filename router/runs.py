@@ -24,9 +24,11 @@ from router import validation
 from router.background import Background
 from router.errors import (
     DuplicateRequestError,
+    InvalidArgumentError,
     RequestMovedError,
     RequestNotFoundError,
     RequestOrphanedError,
+    SlowClientError,
     StoreUnavailableError,
     UnavailableError,
 )
@@ -34,7 +36,7 @@ from router.info import WorkerInfo
 from router.job import Adoption, Chunk
 from router.request_store import RequestRecord, RequestStore
 from router.scope import Scope
-from router.session import Desk, Origin, Session
+from router.session import Client, Desk, Origin, Session
 from router.story import Reader, Story
 from router.tenants import Metadata
 
@@ -86,9 +88,6 @@ class Runs:
         """Requests that a call just now looks for in the store."""
         self._background = Background()
 
-    def __len__(self) -> int:
-        return len(self._runs)
-
     async def generate(self, request: inference_pb2.GenerateRequest, metadata: Metadata) -> Run:
         """The run of a resumable request: a new one, or the one that has its id and its body already."""
         request_id = request.request_id = validation.request_id(request.request_id)
@@ -116,8 +115,10 @@ class Runs:
             logger.warning("resumable at this router only: %s", error, extra={"request_id": request_id})
         return self._begin(record, request, metadata, None)
 
-    async def find(self, request_id: str, metadata: Metadata) -> Run:
+    async def find(self, request_id: str, next_offset: int, metadata: Metadata) -> Run:
         """The run of a known request, taken over from another router if need be."""
+        if next_offset < 0:
+            raise InvalidArgumentError(f"next_offset must be at least 0, got {next_offset}", field="next_offset")
         try:
             async with self._alone(request_id):
                 if (run := self._runs.get(request_id)) is not None:
@@ -129,8 +130,28 @@ class Runs:
                 retry_after_s=self._desk.config.retry_after_s,
             ) from error
 
-    def reader(self, run: Run, next_offset: int, scope: Scope) -> Reader:
-        """Follow a run; whoever followed it before is cut off."""
+    async def follow(self, run: Run, next_offset: int, client: Client) -> None:
+        """Tell a client what a run says from a token on, until it ends; RouterError where a status ends it.
+
+        Whoever followed it before is cut off.
+        """
+        scope = Scope()
+        reader = self._reader(run, next_offset, scope)
+        limit_s = self._desk.config.resume.grace_s
+        try:
+            async with scope:
+                while (event := await reader.next_event(TURN_S)) is not None:
+                    async with asyncio.timeout(limit_s):
+                        with scope.writing():
+                            await client.write(event)
+        except TimeoutError:
+            raise SlowClientError(
+                f"the client did not take a message within {limit_s:g} s; read faster, and go on with Resume"
+            ) from None
+        finally:
+            self._left(run, scope)
+
+    def _reader(self, run: Run, next_offset: int, scope: Scope) -> Reader:
         if run.follower is not None:
             run.follower.interrupt(RequestMovedError("another call goes on with this request"))
         run.follower = scope
@@ -138,7 +159,7 @@ class Runs:
             run.forget.cancel()
         return Reader(run.story, next_offset, run.replay)
 
-    def left(self, run: Run, scope: Scope) -> None:
+    def _left(self, run: Run, scope: Scope) -> None:
         """A follower is gone; without another one the run ends after a while."""
         if run.follower is not scope:
             return

@@ -10,11 +10,9 @@ from typing import Any, NoReturn, TypeVar
 import grpc
 
 from protos import inference_pb2, inference_pb2_grpc
-from router.errors import InvalidArgumentError, RequestCancelledError, RouterError, SlowClientError
-from router.runs import TURN_S, Run, Runs
-from router.scope import Scope
+from router.errors import InvalidArgumentError, RequestCancelledError, RouterError
+from router.runs import Run, Runs
 from router.session import CANCEL_PATIENCE_S, Desk, Session
-from router.tenants import Metadata
 from router.validation import THREAD_FROM_CHARS
 
 logger = logging.getLogger(__name__)
@@ -44,49 +42,25 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def Resume(self, request: inference_pb2.ResumeRequest, context: ResumeContext) -> None:
         """Go on with a resumable request; see protos/inference.proto."""
-        await self._follow(self._find(request, context.invocation_metadata()), request.next_offset, context)
-
-    async def _find(self, request: inference_pb2.ResumeRequest, metadata: Metadata) -> Run:
-        if request.next_offset < 0:
-            raise InvalidArgumentError(
-                f"next_offset must be at least 0, got {request.next_offset}", field="next_offset"
-            )
-        return await self._runs.find(request.request_id, metadata)
+        await self._follow(
+            self._runs.find(request.request_id, request.next_offset, context.invocation_metadata()),
+            request.next_offset,
+            context,
+        )
 
     async def _follow(
         self, finding: Awaitable[Run], next_offset: int, context: GenerateContext | ResumeContext
     ) -> None:
         """Tell what a run says, until it ends, the client goes, or another call goes on with it."""
         failure: RouterError | None = None
-        scope = Scope()
         try:
-            run = await finding
-            reader = self._runs.reader(run, next_offset, scope)
-            try:
-                async with scope:
-                    while (event := await reader.next_event(TURN_S)) is not None:
-                        await self._write(event, context, scope)
-            finally:
-                self._runs.left(run, scope)
+            await self._runs.follow(await finding, next_offset, context)
         except RouterError as error:
             failure = error
         except grpc.aio.InternalError:
             logger.debug("the client is gone")
         if failure is not None:
             await self._tell(context, failure)
-
-    async def _write(
-        self, event: inference_pb2.GenerateEvent, context: GenerateContext | ResumeContext, scope: Scope
-    ) -> None:
-        limit_s = self._desk.config.resume.grace_s
-        try:
-            async with asyncio.timeout(limit_s):
-                with scope.writing():
-                    await context.write(event)
-        except TimeoutError:
-            raise SlowClientError(
-                f"the client did not take a message within {limit_s:g} s; read faster, and go on with Resume"
-            ) from None
 
     async def _tell(self, context: grpc.aio.ServicerContext[Any, Any], failure: RouterError) -> None:
         """The status; a client that does not read gets it when it does, or goes."""
