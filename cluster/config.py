@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, TypeAdapter
 
+from cluster.scaling_config import PoolLimits, ScalingConfig
 from cluster.yaml_config import ConfigError, load
 from decode_pool.config import DecodeOptions
 from engine.config import CacheOptions, EngineOptions, ModelOptions
@@ -26,8 +27,10 @@ __all__ = [
     "ConfigError",
     "ObservabilityConfig",
     "PoolConfig",
+    "PoolLimits",
     "RayConfig",
     "RedisConfig",
+    "ScalingConfig",
     "from_plain",
     "json_schema",
     "load_config",
@@ -158,6 +161,8 @@ class ClusterConfig:
     """How KV travels between workers."""
     router: RouterConfig = field(default_factory=RouterConfig)
     """The front door."""
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    """How pools grow and shrink."""
     redis: RedisConfig = field(default_factory=RedisConfig)
     """The registry."""
     ray: RayConfig = field(default_factory=RayConfig)
@@ -166,6 +171,9 @@ class ClusterConfig:
     """Logs and metrics."""
     drain_s: float = 30.0
     """Longest that a stopping process waits for its running requests, in seconds."""
+    move_after_s: float = 10.0
+    """Seconds after which the requests that still generate at a draining worker, or at one that has left the decode
+    pool, go on at other workers."""
     start_timeout_s: float = 300.0
     """Longest that `pdserve up` waits for every worker to be ready, in seconds."""
 
@@ -176,6 +184,8 @@ class ClusterConfig:
             raise ValueError("prefill.workers must be at least 1 when mode is split; for none, set `mode: colocated`")
         if not 0 <= self.drain_s <= 86400:
             raise ValueError(f"drain_s must be between 0 and 86400 seconds, got {self.drain_s}")
+        if not 0 <= self.move_after_s <= 86400:
+            raise ValueError(f"move_after_s must be between 0 and 86400 seconds, got {self.move_after_s}")
         if not 0 < self.start_timeout_s <= 86400:
             raise ValueError(f"start_timeout_s must be more than 0 and at most 86400, got {self.start_timeout_s}")
 

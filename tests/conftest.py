@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,8 +11,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from tests.real_valkey import RealValkey
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton; see tests/engine/kernels
+
+
+@pytest.fixture
+def valkey(tmp_path: Path) -> Iterator[RealValkey]:
+    """A Valkey server with a password, empty."""
+    server = RealValkey(tmp_path)
+    yield server
+    server.kill()
 
 
 @pytest.fixture(scope="session")

