@@ -31,6 +31,7 @@ __all__ = [
     "RayConfig",
     "RedisConfig",
     "ScalingConfig",
+    "can_change_role",
     "from_plain",
     "json_schema",
     "load_config",
@@ -193,6 +194,14 @@ class ClusterConfig:
 def load_config(path: str | Path) -> ClusterConfig:
     """The configuration in a YAML file; ConfigError lists every problem with its line."""
     return load(Path(path), ClusterConfig)
+
+
+def can_change_role(config: ClusterConfig) -> bool:
+    """Whether a worker of one pool can do the other's work as one that was started there."""
+    if config.mode != "split" or not config.scaling.role_change:
+        return False
+    names = ("device", "tensor_parallel", "num_gpus", "resources", "accelerator_type", "labels", "pace")
+    return all(getattr(config.prefill, name) == getattr(config.decode, name) for name in names)
 
 
 def to_plain(config: ClusterConfig) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""The controller: one detached actor that holds which pools the YAML wants, and makes what is missing.
+"""The controller: one detached actor that makes the cluster what its wish says (`overseer.py`), from a thread of its own.
 
-States: NEW -> (deploy) DEPLOYED -> (drain) DRAINING -> (stop) STOPPED. Ray restarts it where it died; it
-then deploys again by itself, which finds the living actors by name and makes only those that are gone.
-Dead workers are restarted by Ray, not by the controller. Nothing that serves a request passes through it.
+States: NEW -> (deploy) DEPLOYED -> (drain) DRAINING -> (stop) STOPPED. Ray restarts it where it died; it then finds its
+wish and its members in Redis and goes on. Dead processes are restarted by Ray, not by the controller. Nothing that serves
+a request passes through it: without it the cluster serves on, as it is.
 """
 
 from __future__ import annotations
@@ -10,21 +10,30 @@ from __future__ import annotations
 import enum
 import importlib
 import logging
+import threading
 import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import RayActorError, RayError
 
 from cluster import metrics, pool
-from cluster.config import from_plain
+from cluster.cluster_store import ClusterStore, ClusterStoreError, Decision
+from cluster.config import ClusterConfig, from_plain
+from cluster.hands import RayHands
+from cluster.members import Member
 from cluster.nap import napping
-from cluster.placement import WorkerPlan, router_ids, shortage, total, wanted_workers
+from cluster.overseer import Overseer
+from cluster.placement import shortage, total, wanted_workers
 from cluster.process import begin
 
 CONTROLLER = "controller"
 STATUS_TIMEOUT_S = 2.0
+STOP_TIMEOUT_S = 10.0
+RETRY_S = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -51,75 +60,79 @@ class Controller:
     """See the module."""
 
     def __init__(self, deployment: Deployment) -> None:
-        self._around = deployment.around
-        self._classes = _load_classes(deployment.actors)
-        self._workers: dict[str, pool.WorkerHandles] = {}
-        self._routers: dict[str, Any] = {}
-        self._plans: list[WorkerPlan] = []
+        around = deployment.around
+        config = from_plain(around.config)
+        begin("controller", "", config, around.run_dir, around.redis_url)
         self._state = ControllerState.NEW
-        config = from_plain(deployment.around.config)
-        begin("controller", "", config, deployment.around.run_dir, deployment.around.redis_url)
-        collector = metrics.StatsCollector("controller", self._metric_values)
+        self._store = ClusterStore(around.redis_url, timeout_s=config.router.store_timeout_s)
+        self._hands = RayHands(_load_classes(deployment.actors), around.run_dir, around.redis_url)
+        self._overseer = Overseer(self._store, self._hands, on_gpu=_takes_gpus(config))
+        self._over = threading.Event()
+        self._turn = threading.Lock()
+        """Held for each tick."""
+        self._loop = threading.Thread(target=self._follow, name="overseer", daemon=True)
+        collector = metrics.StatsCollector("controller", self._metric_values, key_labels={"members": "phase"})
         self._metrics = metrics.serve([collector], host=config.observability.metrics_host)
         log.info("controller up", extra={"metrics": self._metrics.address})
         if ray.get_runtime_context().was_current_actor_reconstructed:
-            self.deploy()
+            self._state = ControllerState.DEPLOYED
+            self._loop.start()
 
-    def deploy(self) -> dict[str, str]:
-        """Make what is missing; returns each member's id with `worker` or `router`. PlacementError if it cannot fit."""
-        config = from_plain(self._around.config)
-        there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        self._plans = wanted_workers(config, gpus=there.get("GPU", 0.0))
-        if missing := shortage(total(self._plans, config.router.replicas), there):
-            raise pool.PlacementError(f"the Ray cluster is too small: {'; '.join(missing)}")
-        for plan in self._plans:
-            self._workers[plan.worker_id] = pool.create_worker(plan, self._classes, self._around)
-        for router_id in router_ids(config):
-            self._routers[router_id] = pool.create_router(router_id, self._classes, self._around)
+    def deploy(self, config: dict[str, Any]) -> dict[str, str]:
+        """Make this configuration the wish, and begin; each member's id with `worker` or `router`.
+
+        PlacementError if it cannot fit into a Ray of our own.
+        """
+        wanted = from_plain(config)
+        _check_room(wanted)
+        known = self._store.wish()
+        sizes = {"decode": wanted.decode.workers}
+        if wanted.mode == "split":
+            sizes["prefill"] = wanted.prefill.workers
+        decision = Decision(at=time.time(), by="up", what=_in_words(sizes), reason="the cluster is started")
+        self._store.change(known.generation if known else 0, decision, config=config, sizes=sizes)
+        self._forget_the_dead()
         self._state = ControllerState.DEPLOYED
-        log.info("deployed", extra={"workers": list(self._workers), "routers": list(self._routers)})
-        return {**dict.fromkeys(self._workers, "worker"), **dict.fromkeys(self._routers, "router")}
-
-    def _metric_values(self) -> dict[str, float]:
-        return {"wanted_workers": len(self._plans), "workers": len(self._workers), "routers": len(self._routers)}
+        with self._turn:
+            self._overseer.take_up()
+            self._overseer.tick()
+        if not self._loop.is_alive():
+            self._loop.start()
+        return {member.member_id: member.kind for member in self._overseer.members}
 
     def wait_ready(self, member_id: str, timeout_s: float) -> dict[str, Any]:
-        """What a worker or router says of itself once it is ready; raises its error, or GetTimeoutError."""
-        if member_id in self._routers:
-            return dict(ray.get(self._routers[member_id].ready.remote(), timeout=timeout_s))
-        worker = self._workers[member_id]
-        front = worker.front.ready.remote()
-        pending = [front, *(engine.ready.remote() for engine in worker.engines)]
-        until = time.monotonic() + timeout_s
-        while pending:
-            done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, until - time.monotonic()))
-            if not done:
-                raise GetTimeoutError(f"worker {member_id} was not ready after {timeout_s:g} s")
-            ray.get(done)  # the first error ends the wait
-        return dict(ray.get(front))
+        """What a worker or router says of itself once it is ready; raises its error, or TimeoutError."""
+        return self._overseer.wait_ready(member_id, timeout_s)
 
     def status(self) -> dict[str, Any]:
         """State, and what each router and front says of itself; silent ones are `unreachable`."""
-        fronts = {worker_id: handles.front for worker_id, handles in self._workers.items()}
-        asked = {name: actor.status.remote() for name, actor in {**self._routers, **fronts}.items()}
-        answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=STATUS_TIMEOUT_S)
+        members = self._overseer.members
+        refs = {member.member_id: actor.status.remote() for member, actor in _living(members)}
+        answered, _ = ray.wait(list(refs.values()), num_returns=len(refs), timeout=STATUS_TIMEOUT_S) if refs else ([], [])
         ready = set(answered)
+        silent = {"state": "unreachable"}
         return {
             "state": self._state.value,
             "members": {
-                name: _answer(ref) if ref in ready else {"state": "unreachable"} for name, ref in asked.items()
+                member.member_id: _answer(refs[member.member_id])
+                if member.member_id in refs and refs[member.member_id] in ready
+                else silent
+                for member in members
             },
         }
 
     def drain(self, timeout_s: float) -> dict[str, Any]:
-        """Let running requests end: routers first, then fronts, together within the bound."""
-        self._state = ControllerState.DRAINING
+        """Let running requests end: routers first, then fronts, together within the bound. Nothing is scaled any more."""
+        self._end_loop(ControllerState.DRAINING)
         until = time.monotonic() + timeout_s
         drained: dict[str, Any] = {}
-        fronts = {worker_id: handles.front for worker_id, handles in self._workers.items()}
-        for group in (self._routers, fronts):
+        for kind in ("router", "worker"):
             left = max(0.0, until - time.monotonic())
-            asked = {name: actor.drain.remote(left) for name, actor in group.items()}
+            going = _living([member for member in self._overseer.members if member.kind == kind])
+            asked = {
+                member.member_id: actor.drain.remote(left) if kind == "router" else actor.drain.remote(left, left)
+                for member, actor in going
+            }
             if asked:
                 answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=left + 1.0)
                 ready = set(answered)
@@ -127,12 +140,47 @@ class Controller:
         return drained
 
     def stop(self) -> None:
-        """End every worker and router and give their places back."""
-        self._state = ControllerState.STOPPED
-        for router_id in self._routers:
-            pool.remove_actor(router_id)
-        for plan in self._plans:
-            pool.remove_worker(plan)
+        """End every worker and router, give their places back, and forget them."""
+        self._end_loop(ControllerState.STOPPED)
+        for member in sorted(self._overseer.members, key=lambda member: member.kind):  # routers first
+            self._hands.remove(member)
+        try:
+            self._store.forget()
+        except ClusterStoreError as error:
+            log.warning("what was wanted is left in Redis: %s", error)
+
+    def _follow(self) -> None:
+        """Tick until it is over; woken by changes in Redis."""
+        taken_up = self._state is not ControllerState.DEPLOYED
+        while not self._over.is_set():
+            try:
+                with self._turn:
+                    if not taken_up:
+                        self._overseer.take_up()
+                        taken_up = True
+                    pause_s = self._overseer.tick()
+                self._store.wait(pause_s)
+            except ClusterStoreError as error:
+                log.warning("waiting for Redis: %s", error)
+                self._over.wait(RETRY_S)
+            except Exception:
+                log.exception("a tick failed")
+                self._over.wait(RETRY_S)
+
+    def _end_loop(self, state: ControllerState) -> None:
+        self._state = state
+        self._over.set()
+        if self._loop.is_alive():
+            self._loop.join(STOP_TIMEOUT_S)
+
+    def _forget_the_dead(self) -> None:
+        """Members of an earlier Ray are gone with it: what has neither actors nor a place is no member any more."""
+        for member in self._store.members().values():
+            if not pool.exists(member):
+                self._store.drop(member.member_id)
+
+    def _metric_values(self) -> dict[str, Any]:
+        return {"members": dict(Counter(member.phase.value for member in self._overseer.members))}
 
 
 def create_controller(deployment: Deployment) -> Any:
@@ -148,6 +196,33 @@ def create_controller(deployment: Deployment) -> Any:
         num_cpus=0,
         runtime_env={"env_vars": pool.thread_limits(1)},
     ).remote(deployment)
+
+
+def _check_room(config: ClusterConfig) -> None:
+    """A Ray of our own grows no nodes: what does not fit now never will."""
+    if config.ray.address is not None:
+        return
+    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    plans = wanted_workers(config, gpus=there.get("GPU", 0.0))
+    if missing := shortage(total(plans, config.router.replicas), there):
+        raise pool.PlacementError(f"the Ray cluster is too small: {'; '.join(missing)}")
+
+
+def _takes_gpus(config: ClusterConfig) -> bool:
+    """Whether `device: auto` means a GPU: there is one for every rank."""
+    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    pools = [config.decode] if config.mode == "colocated" else [config.prefill, config.decode]
+    return there.get("GPU", 0.0) >= sum(pool.workers * pool.tensor_parallel for pool in pools)
+
+
+def _in_words(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{pool} {size}" for pool, size in sorted(sizes.items(), reverse=True))
+
+
+def _living(members: Sequence[Member]) -> list[tuple[Member, Any]]:
+    """The router or front actor of each member that has one."""
+    found = [(member, pool.find_speaker(member)) for member in members]
+    return [(member, actor) for member, actor in found if actor is not None]
 
 
 def _load_classes(module_name: str) -> pool.ActorClasses:

@@ -10,22 +10,21 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import time
 from pathlib import Path
 from typing import IO, Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError
 
 from cluster import pool
 from cluster.controller import CONTROLLER, Deployment, create_controller
 from cluster.orders import DeployOrder
+from cluster.ray_errors import explain
 
 CALL_TIMEOUT_S = 60.0
-_RAISED = re.compile(r"^(?:\w+\.)*(\w*(?:Error|Exception|Exit|Interrupt): )")
-"""The line of a traceback that names the exception; frames are indented."""
+
 
 
 class Driver:
@@ -71,26 +70,6 @@ class Driver:
 
     def _tell(self, event: str, **more: Any) -> None:
         print(json.dumps({"event": event, **more}, default=str), file=self._events, flush=True)
-
-
-def explain(error: Exception) -> str:
-    """The cause of a Ray error in one line; its traceback is in the log of the process that raised it."""
-    if isinstance(error, RayTaskError) and error.cause is not None:
-        return explain(error.cause)
-    if isinstance(error, RayActorError):
-        return _cause_of_death(str(error))
-    return f"{type(error).__name__}: {error}"
-
-
-def _cause_of_death(text: str) -> str:
-    """What an actor's constructor raised: Ray tells it as the end of a traceback, which may have several lines."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    if not lines:
-        return "an actor died, and Ray does not say why"
-    raised = [number for number, line in enumerate(lines) if _RAISED.match(line)]
-    if not raised:
-        return lines[-1].strip()
-    return "\n".join([_RAISED.sub(r"\1", lines[raised[-1]]), *lines[raised[-1] + 1 :]])
 
 
 def main() -> int:

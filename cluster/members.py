@@ -41,6 +41,8 @@ class Member:
     """Of the settings it was started with."""
     gpus: float = 0.0
     """GPUs that it reserves in all."""
+    num_ranks: int = 1
+    """Engine processes of a worker."""
     since: float = 0.0
     """When it came into its phase, Unix time."""
     why: str = ""

@@ -1,4 +1,4 @@
-"""What the short-lived driver makes of Ray's errors."""
+"""What people are told of Ray's errors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import traceback
 
 from ray.exceptions import ActorDiedError, RayTaskError
 
-from cluster.deploy import explain
+from cluster.ray_errors import explain
 from engine.errors import BrokenModelError
 
 
