@@ -1,8 +1,8 @@
-"""The controller: one detached actor that makes the cluster what its wish says (`overseer.py`), from a thread of its own.
+"""The controller: one detached actor that makes the cluster what its wish says, on a thread of its own (`overseer.py`).
 
 States: NEW -> (deploy) DEPLOYED -> (drain) DRAINING -> (stop) STOPPED. Ray restarts it where it died; it then finds its
-wish and its members in Redis and goes on. Dead processes are restarted by Ray, not by the controller. Nothing that serves
-a request passes through it: without it the cluster serves on, as it is.
+wish and its members in Redis and goes on. Dead processes are restarted by Ray, not by the controller. No request passes
+through it: without it the cluster serves on, as it is.
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ class Controller:
         """State, and what each router and front says of itself; silent ones are `unreachable`."""
         members = self._overseer.members
         refs = {member.member_id: actor.status.remote() for member, actor in _living(members)}
-        answered, _ = ray.wait(list(refs.values()), num_returns=len(refs), timeout=STATUS_TIMEOUT_S) if refs else ([], [])
+        answered, _ = (
+            ray.wait(list(refs.values()), num_returns=len(refs), timeout=STATUS_TIMEOUT_S) if refs else ([], [])
+        )
         ready = set(answered)
         silent = {"state": "unreachable"}
         return {
@@ -122,7 +124,7 @@ class Controller:
         }
 
     def drain(self, timeout_s: float) -> dict[str, Any]:
-        """Let running requests end: routers first, then fronts, together within the bound. Nothing is scaled any more."""
+        """Let running requests end: routers first, then fronts, together within the bound. Scaling is over."""
         self._end_loop(ControllerState.DRAINING)
         until = time.monotonic() + timeout_s
         drained: dict[str, Any] = {}

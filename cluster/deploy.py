@@ -26,7 +26,6 @@ from cluster.ray_errors import explain
 CALL_TIMEOUT_S = 60.0
 
 
-
 class Driver:
     """Carries out one order."""
 

@@ -1,8 +1,8 @@
 """The controller's mind: follows the wish in Redis, and moves every member towards it. Knows Ray only as `Hands`.
 
-A tick never waits for a member: it reads the wish, looks what has come of what was begun, has `reconcile.plan` say what is
-next, begins that, and says how things are. Every change of a member is in Redis before its effect can be seen, so that a
-controller that starts anew begins again what was under way. While Redis is away nothing new is begun; what runs runs on.
+A tick never waits for a member: it reads the wish, looks what has come of what was begun, has `reconcile.plan` say what
+is next, begins that, and says how things are. Every change of a member is in Redis before its effect can be seen, so
+that a controller that starts anew begins again what was under way. While Redis is away nothing new is begun.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cluster.config import ClusterConfig, can_change_role, from_plain
 from cluster.config_diff import settings_digest
 from cluster.hands import Hands, Pending
 from cluster.members import Member, Phase, PoolName
-from cluster.placement import WorkerPlan, gpus_of, no_room, plan_worker
+from cluster.placement import WorkerPlan, gpus_of, plan_worker
 from cluster.ray_errors import explain
 from cluster.roll_call import RollCall
 from cluster.scaler import Scaler
@@ -189,7 +189,9 @@ class Overseer:
         if self._hands.place(plan):
             self._enter(replace(member, phase=Phase.STARTING, num_ranks=len(plan.bundles) - 1))
         elif self._clock() > self._entered[member.member_id] + limit_s:
-            raise TimeoutError(f"{no_room(plan)}, for {limit_s:g} s")
+            raise TimeoutError(
+                f"Ray has no node with room, for {limit_s:g} s: it needs {list(plan.bundles)} on one node"
+            )
 
     def _look_at_starting(self, member: Member) -> None:
         wish, config = self._given
@@ -281,13 +283,18 @@ class Overseer:
 
     def _begin_role_change(self, member: Member) -> None:
         role = self._role(member)
-        self._role_changes[member.member_id] = (role, self._hands.set_role(member, role))
+        try:
+            self._role_changes[member.member_id] = (role, self._hands.set_role(member, role))
+        except Exception as error:
+            log.warning("the role of %s was not changed: %s", member.member_id, explain(error))
 
     # What is next.
 
     def _act(self) -> None:
         want = self._want()
-        found = reconcile.plan(want, list(self._members.values()), load=self._roll_call.load(), held_back=self._held_back())
+        found = reconcile.plan(
+            want, list(self._members.values()), load=self._roll_call.load(), held_back=self._held_back()
+        )
         self._waiting = found.waiting
         for action in found.actions:
             log.info("begins: %s", action)
