@@ -25,6 +25,7 @@ from cluster.process import begin
 
 CONTROLLER = "controller"
 STATUS_TIMEOUT_S = 2.0
+PLACE_TIMEOUT_S = 30.0
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,10 @@ class Controller:
         if missing := shortage(total(self._plans, config.router.replicas), there):
             raise pool.PlacementError(f"the Ray cluster is too small: {'; '.join(missing)}")
         for plan in self._plans:
+            pool.ask_place(plan)
+        until = time.monotonic() + PLACE_TIMEOUT_S
+        for plan in self._plans:
+            pool.wait_placed(plan, max(1.0, until - time.monotonic()))
             self._workers[plan.worker_id] = pool.create_worker(plan, self._classes, self._around)
         for router_id in router_ids(config):
             self._routers[router_id] = pool.create_router(router_id, self._classes, self._around)

@@ -1,8 +1,9 @@
 """Makes and removes the actors of one worker or router: the only place that creates Ray actors.
 
 Everything is named and detached, and is made only where it is missing: doing it twice changes nothing.
-Ray restarts an actor that dies (`max_restarts=-1`); a worker's processes share one placement group and so
-one node. Tear-down goes front first, then ranks, then the placement group.
+Ray restarts an actor that dies (`max_restarts=-1`); a worker's processes share one placement group, its
+place, and so one node. Tear-down goes front first, then ranks, then the place. But for `wait_placed` nothing
+here waits for a node or for a process: only for answers of the GCS, which Ray bounds.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from engine.ipc import socket_path
 
 NAMESPACE = "pdserve"
 MAX_CONCURRENCY = 4
-PLACEMENT_TIMEOUT_S = 30.0
 QUEUES_OF_A_GPU = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
 """Each pair has streams of its own: in the 8 hardware queues of CUDA's default one could wait behind another."""
 
@@ -59,9 +59,44 @@ class WorkerHandles:
     engines: tuple[Any, ...]
 
 
+def ask_place(plan: WorkerPlan) -> None:
+    """Ask Ray for a place for a worker, unless that has been done; where there is no room it stays pending.
+
+    A pending place is what Ray's autoscaler starts a node for.
+    """
+    if _find_place(plan) is None:
+        ray.util.placement_group(
+            list(plan.bundles),
+            strategy="STRICT_PACK",
+            name=_place_name(plan.worker_id),
+            lifetime="detached",
+            bundle_label_selector=[plan.labels] * len(plan.bundles) if plan.labels else None,
+        )
+
+
+def is_placed(plan: WorkerPlan) -> bool:
+    """Whether the worker's place is there."""
+    return node_of(plan) is not None
+
+
+def node_of(plan: WorkerPlan) -> str | None:
+    """Id of the node that has the worker's place; None: there is no such place (yet, or its node is lost)."""
+    place = _find_place(plan)
+    table = {} if place is None else ray.util.placement_group_table(place)
+    return str(table["bundles_to_node_id"][0]) if table.get("state") == "CREATED" else None
+
+
+def wait_placed(plan: WorkerPlan, timeout_s: float) -> bool:
+    """Wait for a worker's place; whether it is there."""
+    place = _find_place(plan)
+    return place is not None and bool(place.wait(timeout_s))
+
+
 def create_worker(plan: WorkerPlan, classes: ActorClasses, around: Surroundings) -> WorkerHandles:
-    """The worker's actors, made where they are missing; PlacementError if there is no room."""
-    group = _placement_group(plan)
+    """The worker's actors, made where they are missing; PlacementError if its place is not there."""
+    place = _find_place(plan)
+    if place is None or not is_placed(plan):
+        raise PlacementError(no_room(plan))
     spec = classes.worker_spec(
         worker_id=plan.worker_id,
         pool=plan.pool,
@@ -72,13 +107,27 @@ def create_worker(plan: WorkerPlan, classes: ActorClasses, around: Surroundings)
     )
     environment = {**thread_limits(plan.threads), **QUEUES_OF_A_GPU}
     engines = tuple(
-        _create(
-            classes.engine, engine_name(plan.worker_id, rank), plan.bundles[1 + rank], environment, (group, 1 + rank)
-        ).remote(spec, rank)
-        for rank in range(len(plan.bundles) - 1)
+        _create(classes.engine, name, plan.bundles[1 + rank], environment, (place, 1 + rank)).remote(spec, rank)
+        for rank, name in enumerate(_engine_names(plan))
     )
-    front = _create(classes.front, front_name(plan.worker_id), plan.bundles[0], thread_limits(1), (group, 0))
+    front = _create(classes.front, front_name(plan.worker_id), plan.bundles[0], thread_limits(1), (place, 0))
     return WorkerHandles(front.remote(spec, socket_path(around.run_dir, plan.worker_id)), engines)
+
+
+def find_worker(plan: WorkerPlan) -> WorkerHandles | None:
+    """The worker's actors; None if one of them is missing, which `create_worker` would make."""
+    try:
+        front = ray.get_actor(front_name(plan.worker_id), namespace=NAMESPACE)
+        engines = tuple(ray.get_actor(name, namespace=NAMESPACE) for name in _engine_names(plan))
+    except ValueError:
+        return None
+    return WorkerHandles(front, engines)
+
+
+def no_room(plan: WorkerPlan) -> str:
+    """In words, what a worker whose place is not there waits for."""
+    labels = f" with the labels {plan.labels}" if plan.labels else ""
+    return f"Ray has no node with room for worker {plan.worker_id}: it needs {list(plan.bundles)} on one node{labels}"
 
 
 def create_router(router_id: str, classes: ActorClasses, around: Surroundings) -> Any:
@@ -90,12 +139,11 @@ def create_router(router_id: str, classes: ActorClasses, around: Surroundings) -
 
 
 def remove_worker(plan: WorkerPlan) -> None:
-    """End a worker's processes and give its place back; what is gone already is no error."""
-    remove_actor(front_name(plan.worker_id))
-    for rank in range(len(plan.bundles) - 1):
-        remove_actor(engine_name(plan.worker_id, rank))
-    with contextlib.suppress(ValueError):
-        ray.util.remove_placement_group(ray.util.get_placement_group(_group_name(plan.worker_id)))
+    """End a worker's processes and give its place back, also one that is pending; what is gone is no error."""
+    for name in (front_name(plan.worker_id), *_engine_names(plan)):
+        remove_actor(name)
+    if (place := _find_place(plan)) is not None:
+        ray.util.remove_placement_group(place)
 
 
 def remove_actor(name: str) -> None:
@@ -120,23 +168,20 @@ def thread_limits(threads: int) -> dict[str, str]:
     return {**dict.fromkeys(names, str(threads)), "MALLOC_ARENA_MAX": "2"}
 
 
-def _group_name(worker_id: str) -> str:
+def _engine_names(plan: WorkerPlan) -> list[str]:
+    return [engine_name(plan.worker_id, rank) for rank in range(len(plan.bundles) - 1)]
+
+
+def _place_name(worker_id: str) -> str:
     return f"pdserve/{worker_id}"
 
 
-def _placement_group(plan: WorkerPlan) -> PlacementGroup:
-    name = _group_name(plan.worker_id)
-    group: PlacementGroup
+def _find_place(plan: WorkerPlan) -> PlacementGroup | None:
     try:
-        group = ray.util.get_placement_group(name)
+        place: PlacementGroup = ray.util.get_placement_group(_place_name(plan.worker_id))
     except ValueError:
-        group = ray.util.placement_group(list(plan.bundles), strategy="STRICT_PACK", name=name, lifetime="detached")
-    if not group.wait(PLACEMENT_TIMEOUT_S):
-        raise PlacementError(
-            f"Ray found no node with room for worker {plan.worker_id} within {PLACEMENT_TIMEOUT_S:g} s: "
-            f"it needs {list(plan.bundles)} on one node"
-        )
-    return group
+        return None
+    return place
 
 
 def _create(
