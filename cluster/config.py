@@ -45,6 +45,9 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 _MIN_OBJECT_STORE_MIB = 76
 TENSOR_PARALLEL = (1, 2, 4, 8)
+_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+_LABEL_PREFIX = rf"(?=.{{1,253}}$){_LABEL}(?:\.{_LABEL})*"
+_LABEL_CONDITION = rf"!?{_LABEL}|!?in\({_LABEL}(?:, ?{_LABEL})*\)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,10 +63,17 @@ class PoolConfig(EngineOptions):
     num_gpus: float | None = None
     """GPUs that each rank reserves; default: 1 where it computes on a GPU, else 0."""
     resources: dict[str, float] = field(default_factory=dict)
-    """Other Ray resources that each rank reserves, such as a node label of your own: {"fast_nic": 1}."""
+    """Other Ray resources that each rank reserves, such as one of your own: {"fast_nic": 1}."""
+    accelerator_type: str | None = None
+    """Kind of GPU that the pool is for, as Ray names it: H200, L40S, A100-80G (see accelerator_type:... in
+    `ray status`). Unless device is cpu, its workers are on GPUs. Default: any kind."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """Ray labels that a worker's node must have, such as {"market": "on-demand"}; a value may also be a condition:
+    "!spot", "in(a, b)" or "!in(a, b)"."""
 
     def __post_init__(self) -> None:
         EngineOptions.__post_init__(self)
+        _check_hardware(self.accelerator_type, self.labels)
         if self.tensor_parallel not in TENSOR_PARALLEL:
             raise ValueError(f"tensor_parallel must be 1, 2, 4 or 8, got {self.tensor_parallel}")
         if not 0 <= self.workers <= 1000:
@@ -73,6 +83,21 @@ class PoolConfig(EngineOptions):
                 raise ValueError(f"{name} must be at least 0, got {amount}")
         if self.num_gpus is not None and self.num_gpus > 1 and self.num_gpus != int(self.num_gpus):
             raise ValueError(f"num_gpus must be a fraction of one GPU or a whole number, got {self.num_gpus}")
+
+
+def _check_hardware(accelerator_type: str | None, labels: dict[str, str]) -> None:
+    """ValueError for what Ray would refuse only when a worker is placed."""
+    if accelerator_type is not None and not re.fullmatch(_LABEL, accelerator_type):
+        raise ValueError(f"accelerator_type must be a name that Ray knows, such as H200, got {accelerator_type!r}")
+    for key, value in labels.items():
+        prefix, slash, name = key.rpartition("/")
+        if not re.fullmatch(_LABEL, name) or (slash and not re.fullmatch(_LABEL_PREFIX, prefix)):
+            raise ValueError(f"labels must have keys such as market or example.com/market, got {key!r}")
+        if not re.fullmatch(_LABEL_CONDITION, value):
+            raise ValueError(
+                f"labels.{key} must be at most 63 letters, digits, '-', '_' and '.', or such as '!spot', 'in(a, b)' "
+                f"or '!in(a, b)', got {value!r}"
+            )
 
 
 def public_url(url: str) -> str:

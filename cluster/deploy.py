@@ -38,7 +38,7 @@ class Driver:
         until = time.monotonic() + self._order.timeout_s
         deployment = Deployment(pool.Surroundings(**self._order.around), self._order.actors)
         controller = create_controller(deployment)
-        members = ray.get(controller.deploy.remote(), timeout=self._order.timeout_s)
+        members = ray.get(controller.deploy.remote(deployment.around.config), timeout=self._order.timeout_s)
         left = max(1.0, until - time.monotonic())
         waits = {controller.wait_ready.remote(member, left): member for member in members}
         pending = list(waits)

@@ -29,8 +29,8 @@ class Pending(Protocol):
 class Hands(Protocol):
     """See the module. Calls are idempotent: a controller that was restarted begins everything again."""
 
-    def place(self, plan: WorkerPlan) -> bool:
-        """Ask for a worker's place; whether it has it."""
+    def place(self, plan: WorkerPlan) -> str | None:
+        """Ask for a worker's place; the node that it is on, once it is there."""
 
     def start(self, member: Member, plan: WorkerPlan | None, config: dict[str, Any]) -> Pending:
         """Make a member's processes, for a worker in its place; done when it serves."""
@@ -56,10 +56,10 @@ class RayHands:
         self._run_dir = run_dir
         self._redis_url = redis_url
 
-    def place(self, plan: WorkerPlan) -> bool:
-        """Ask for a worker's place; whether it has it."""
+    def place(self, plan: WorkerPlan) -> str | None:
+        """Ask for a worker's place; the node that it is on, once it is there."""
         pool.ask_place(plan)
-        return pool.is_placed(plan)
+        return pool.node_of(plan.worker_id)
 
     def start(self, member: Member, plan: WorkerPlan | None, config: dict[str, Any]) -> Pending:
         """Make a member's processes, for a worker in its place; done when it serves."""
@@ -141,5 +141,7 @@ class _All:
 
 def _actor(member: Member) -> Any:
     """A member's actor, or a worker's front; ValueError if there is none."""
-    name = member.member_id if member.kind == "router" else pool.front_name(member.member_id)
-    return ray.get_actor(name, namespace=pool.NAMESPACE)
+    actor = pool.find_speaker(member)
+    if actor is None:
+        raise ValueError(f"{member.member_id} has no process that could be asked")
+    return actor

@@ -20,7 +20,8 @@ from cluster.config import ClusterConfig, can_change_role, from_plain
 from cluster.config_diff import settings_digest
 from cluster.hands import Hands, Pending
 from cluster.members import Member, Phase, PoolName
-from cluster.placement import WorkerPlan, gpus_of, plan_worker
+from cluster.node_budget import NodeBudget
+from cluster.placement import WorkerPlan, gpus_of, no_room, plan_worker
 from cluster.ray_errors import explain
 from cluster.roll_call import RollCall
 from cluster.scaler import Scaler
@@ -67,6 +68,7 @@ class Overseer:
         self._pending: dict[str, Pending] = {}
         """What was begun for a member in its phase."""
         self._role_changes: dict[str, tuple[str, Pending]] = {}
+        self._nodes = NodeBudget(hands)
         self._entered: dict[str, float] = {}
         """When each member came into its phase, on our clock."""
         self._failures: dict[str, _Failure] = {}
@@ -161,6 +163,9 @@ class Overseer:
             can_change_role=can_change_role(config),
         )
 
+    def _plan_of(self, member: Member) -> WorkerPlan:
+        return self._plan(member.born or "decode", member.member_id)
+
     def _plan(self, pool: PoolName, worker_id: str) -> WorkerPlan:
         return plan_worker(self._given[1], pool, worker_id, on_gpu=self._on_gpu)
 
@@ -183,20 +188,16 @@ class Overseer:
             self._look_at_role(member_id, role, pending)
 
     def _look_at_placing(self, member: Member) -> None:
-        assert member.born
-        plan = self._plan(member.born, member.member_id)
-        limit_s = self._given[1].scaling.place_timeout_s
-        if self._hands.place(plan):
+        scaling, plan = self._given[1].scaling, self._plan_of(member)
+        if self._nodes.place(plan, list(self._members.values()), self._plan_of, scaling.max_nodes):
             self._enter(replace(member, phase=Phase.STARTING, num_ranks=len(plan.bundles) - 1))
-        elif self._clock() > self._entered[member.member_id] + limit_s:
-            raise TimeoutError(
-                f"Ray has no node with room, for {limit_s:g} s: it needs {list(plan.bundles)} on one node"
-            )
+        elif self._clock() > self._entered[member.member_id] + scaling.place_timeout_s:
+            raise TimeoutError(f"{no_room(plan)}; waited {scaling.place_timeout_s:g} s")
 
     def _look_at_starting(self, member: Member) -> None:
         wish, config = self._given
         if member.member_id not in self._pending:
-            plan = self._plan(member.born, member.member_id) if member.born else None
+            plan = self._plan_of(member) if member.kind == "worker" else None
             self._pending[member.member_id] = self._hands.start(member, plan, wish.config)
         told = self._pending[member.member_id].poll()
         took_s = self._clock() - self._entered[member.member_id]
@@ -237,6 +238,7 @@ class Overseer:
             self._changed.notify_all()
         self._forget(member.member_id)
         self._entered.pop(member.member_id, None)
+        self._nodes.forget(member.member_id)
         log.info("stopped", extra={"member": member.member_id, "why": member.why})
 
     def _look_at_role(self, member_id: str, role: str, pending: Pending) -> None:
@@ -316,7 +318,7 @@ class Overseer:
             self._scaler.advice = None
             return
         outcome = self._scaler.decide(
-            wish.sizes, config, gpus=dict(self._want().gpus), can_change_role=can_change_role(config), now=self._clock()
+            wish.sizes, config, gpus=self._want().gpus, can_change_role=can_change_role(config), now=self._clock()
         )
         if outcome is None:
             return

@@ -1,8 +1,9 @@
 """Makes and removes the actors of one worker or router: the only place that creates Ray actors.
 
 Everything is named and detached, and is made only where it is missing: doing it twice changes nothing.
-Ray restarts an actor that dies (`max_restarts=-1`); a worker's processes share one placement group and so
-one node. Tear-down goes front first, then ranks, then the placement group.
+Ray restarts an actor that dies (`max_restarts=-1`); a worker's processes share one placement group, its
+place, and so one node. Tear-down goes front first, then ranks, then the place. Nothing here waits for a node or for a
+process: only for answers of the GCS, which Ray bounds.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.members import Member
 from cluster.nap import napping
-from cluster.placement import ROUTER_CPUS, Bundle, WorkerPlan
+from cluster.placement import ROUTER_CPUS, Bundle, WorkerPlan, no_room
 from engine.ipc import socket_path
 
 NAMESPACE = "pdserve"
 MAX_CONCURRENCY = 4
-PLACEMENT_TIMEOUT_S = 30.0
 QUEUES_OF_A_GPU = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
 """Each pair has streams of its own: in the 8 hardware queues of CUDA's default one could wait behind another."""
 
@@ -59,9 +60,33 @@ class WorkerHandles:
     engines: tuple[Any, ...]
 
 
+def ask_place(plan: WorkerPlan) -> None:
+    """Ask Ray for a place for a worker, unless that has been done; where there is no room it stays pending.
+
+    A pending place is what Ray's autoscaler starts a node for.
+    """
+    if _find_place(plan.worker_id) is None:
+        ray.util.placement_group(
+            list(plan.bundles),
+            strategy="STRICT_PACK",
+            name=_place_name(plan.worker_id),
+            lifetime="detached",
+            bundle_label_selector=[plan.labels] * len(plan.bundles) if plan.labels else None,
+        )
+
+
+def node_of(worker_id: str) -> str | None:
+    """Id of the node that has the worker's place; None: there is no such place (yet, or its node is lost)."""
+    place = _find_place(worker_id)
+    table = {} if place is None else ray.util.placement_group_table(place)
+    return str(table["bundles_to_node_id"][0]) if table.get("state") == "CREATED" else None
+
+
 def create_worker(plan: WorkerPlan, classes: ActorClasses, around: Surroundings) -> WorkerHandles:
-    """The worker's actors, made where they are missing; PlacementError if there is no room."""
-    group = _placement_group(plan)
+    """The worker's actors, made where they are missing; PlacementError if its place is not there."""
+    place = _find_place(plan.worker_id)
+    if place is None or node_of(plan.worker_id) is None:
+        raise PlacementError(no_room(plan))
     spec = classes.worker_spec(
         worker_id=plan.worker_id,
         pool=plan.pool,
@@ -72,13 +97,26 @@ def create_worker(plan: WorkerPlan, classes: ActorClasses, around: Surroundings)
     )
     environment = {**thread_limits(plan.threads), **QUEUES_OF_A_GPU}
     engines = tuple(
-        _create(
-            classes.engine, engine_name(plan.worker_id, rank), plan.bundles[1 + rank], environment, (group, 1 + rank)
-        ).remote(spec, rank)
-        for rank in range(len(plan.bundles) - 1)
+        _create(classes.engine, name, plan.bundles[1 + rank], environment, (place, 1 + rank)).remote(spec, rank)
+        for rank, name in enumerate(_engine_names(plan.worker_id, len(plan.bundles) - 1))
     )
-    front = _create(classes.front, front_name(plan.worker_id), plan.bundles[0], thread_limits(1), (group, 0))
+    front = _create(classes.front, front_name(plan.worker_id), plan.bundles[0], thread_limits(1), (place, 0))
     return WorkerHandles(front.remote(spec, socket_path(around.run_dir, plan.worker_id)), engines)
+
+
+def find_speaker(member: Member) -> Any | None:
+    """The actor that speaks for a member: the router, or a worker's front; None if there is none."""
+    try:
+        return ray.get_actor(
+            member.member_id if member.kind == "router" else front_name(member.member_id), namespace=NAMESPACE
+        )
+    except ValueError:
+        return None
+
+
+def exists(member: Member) -> bool:
+    """Whether a member has an actor or a place."""
+    return find_speaker(member) is not None or _find_place(member.member_id) is not None
 
 
 def create_router(router_id: str, classes: ActorClasses, around: Surroundings) -> Any:
@@ -89,13 +127,12 @@ def create_router(router_id: str, classes: ActorClasses, around: Surroundings) -
     return _create(classes.router, router_id, {"CPU": ROUTER_CPUS}, thread_limits(1), None).remote(spec)
 
 
-def remove_worker(plan: WorkerPlan) -> None:
-    """End a worker's processes and give its place back; what is gone already is no error."""
-    remove_actor(front_name(plan.worker_id))
-    for rank in range(len(plan.bundles) - 1):
-        remove_actor(engine_name(plan.worker_id, rank))
-    with contextlib.suppress(ValueError):
-        ray.util.remove_placement_group(ray.util.get_placement_group(_group_name(plan.worker_id)))
+def remove_worker(worker_id: str, num_ranks: int) -> None:
+    """End a worker's processes and give its place back, also one that is pending; what is gone is no error."""
+    for name in (front_name(worker_id), *_engine_names(worker_id, num_ranks)):
+        remove_actor(name)
+    if (place := _find_place(worker_id)) is not None:
+        ray.util.remove_placement_group(place)
 
 
 def remove_actor(name: str) -> None:
@@ -120,23 +157,20 @@ def thread_limits(threads: int) -> dict[str, str]:
     return {**dict.fromkeys(names, str(threads)), "MALLOC_ARENA_MAX": "2"}
 
 
-def _group_name(worker_id: str) -> str:
+def _engine_names(worker_id: str, num_ranks: int) -> list[str]:
+    return [engine_name(worker_id, rank) for rank in range(num_ranks)]
+
+
+def _place_name(worker_id: str) -> str:
     return f"pdserve/{worker_id}"
 
 
-def _placement_group(plan: WorkerPlan) -> PlacementGroup:
-    name = _group_name(plan.worker_id)
-    group: PlacementGroup
+def _find_place(worker_id: str) -> PlacementGroup | None:
     try:
-        group = ray.util.get_placement_group(name)
+        place: PlacementGroup = ray.util.get_placement_group(_place_name(worker_id))
     except ValueError:
-        group = ray.util.placement_group(list(plan.bundles), strategy="STRICT_PACK", name=name, lifetime="detached")
-    if not group.wait(PLACEMENT_TIMEOUT_S):
-        raise PlacementError(
-            f"Ray found no node with room for worker {plan.worker_id} within {PLACEMENT_TIMEOUT_S:g} s: "
-            f"it needs {list(plan.bundles)} on one node"
-        )
-    return group
+        return None
+    return place
 
 
 def _create(

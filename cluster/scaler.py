@@ -10,6 +10,7 @@ from typing import Any
 from cluster.autoscaler import Inputs, Outcome, decide
 from cluster.config import ClusterConfig
 from cluster.load_sample import LoadMeter, LoadSample
+from cluster.members import PoolName
 
 KEPT_SAMPLES = 720
 DEFAULT_START_S = 30.0
@@ -48,7 +49,13 @@ class Scaler:
         self._is_new = True
 
     def decide(
-        self, sizes: dict[str, int], config: ClusterConfig, *, gpus: dict[str, float], can_change_role: bool, now: float
+        self,
+        sizes: dict[str, int],
+        config: ClusterConfig,
+        *,
+        gpus: Mapping[PoolName, float],
+        can_change_role: bool,
+        now: float,
     ) -> Outcome | None:
         """A new decision that differs from `sizes` (and, when it is only advice, from the last one); else None."""
         scaling = config.scaling
@@ -64,7 +71,7 @@ class Scaler:
                 changed_at=dict(self._changed_at),
                 scaling=scaling,
                 ttft_slo_s=scaling.ttft_slo_s or config.router.ttft_slo_s or DEFAULT_TTFT_SLO_S,
-                gpus=gpus,
+                gpus={**gpus},
                 split=config.mode == "split",
                 start_s=DEFAULT_START_S if start_s is None else start_s,
                 can_change_role=can_change_role,

@@ -34,7 +34,7 @@ from cluster import logs, metrics, model_load
 from cluster.children import Child, Children, describe_exit, die_with_parent, end
 from cluster.config import ClusterConfig, from_plain
 from cluster.orders import DeployOrder, OrderError, carry_out
-from cluster.placement import logical_cpus, wanted_workers
+from cluster.placement import logical_cpus
 from cluster.progress import Progress
 from cluster.ray_node import RayError, RayNode, RayWish, package_environment, ray_environment
 from cluster.run_dir import AlreadyRunningError, Phase, ProcessRef, RunDir, RunState, session_members
@@ -169,7 +169,7 @@ class Supervisor:
             run_id=self._state.run_id,
             redis_url=self._redis_url,
             port=self._config.ray.port or free_port(),
-            num_cpus=logical_cpus(wanted_workers(self._config, gpus=0.0), self._config.router.replicas),
+            num_cpus=logical_cpus(self._config),
             num_gpus=self._config.ray.num_gpus,
             object_store_bytes=self._config.ray.object_store_mib * 1024 * 1024,
             sockets=self._state.sockets,

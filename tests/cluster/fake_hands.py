@@ -6,6 +6,7 @@ from typing import Any
 
 from cluster.hands import Pending
 from cluster.members import Member
+from cluster.node_budget import NODE_ID
 from cluster.placement import WorkerPlan
 
 
@@ -27,7 +28,9 @@ class FakeHands:
     def __init__(self, room: int = 100) -> None:
         self.room = room
         """Workers that there are places for."""
-        self.placed: set[str] = set()
+        self.free_nodes = [f"node-{number // 2}" for number in range(100)]
+        """Each has room for two workers."""
+        self.placed: dict[str, str] = {}
         self.roles: dict[str, str] = {}
         self.alive: dict[str, Member] = {}
         self.stuck: set[tuple[str, str]] = set()
@@ -38,11 +41,16 @@ class FakeHands:
         self.most_workers = 0
         self.loads: dict[str, int] = {}
 
-    def place(self, plan: WorkerPlan) -> bool:
+    def place(self, plan: WorkerPlan) -> str | None:
         if plan.worker_id not in self.placed and len(self.placed) < self.room:
-            self.placed.add(plan.worker_id)
+            allowed = plan.labels.get(NODE_ID, "").removeprefix("in(").removesuffix(")").split(",")
+            nodes = [node for node in self.free_nodes if allowed == [""] or node in allowed]
+            if not nodes:
+                return None
+            self.free_nodes.remove(nodes[0])
+            self.placed[plan.worker_id] = nodes[0]
             self.most_workers = max(self.most_workers, len(self.placed))
-        return plan.worker_id in self.placed
+        return self.placed.get(plan.worker_id)
 
     def start(self, member: Member, plan: WorkerPlan | None, config: dict[str, Any]) -> Pending:
         assert plan is None or plan.worker_id in self.placed
@@ -61,7 +69,8 @@ class FakeHands:
 
     def remove(self, member: Member) -> None:
         self.log.append(("remove", member.member_id))
-        self.placed.discard(member.member_id)
+        if node := self.placed.pop(member.member_id, None):
+            self.free_nodes.append(node)
         self.alive.pop(member.member_id, None)
         self.roles.pop(member.member_id, None)
 

@@ -45,15 +45,20 @@ class FrontActor:
     def __init__(self, spec: WorkerSpec, engine_socket: str) -> None:
         self._spec = spec
         self._socket = engine_socket
+        self._role = spec.role
 
     def ready(self) -> dict[str, Any]:
         return {"worker_id": self._spec.worker_id, "epoch": 1, "address": "127.0.0.1:1", "pid": os.getpid()}
 
-    def drain(self, timeout_s: float) -> dict[str, Any]:
+    def drain(self, timeout_s: float, move_after_s: float) -> dict[str, Any]:
         return {"finished": True}
 
+    def set_role(self, role: str, timeout_s: float) -> dict[str, Any]:
+        self._role = role
+        return self.status()
+
     def status(self) -> dict[str, Any]:
-        return {"state": "ready", "pid": os.getpid()}
+        return {"state": "ready", "role": self._role, "stats": {}, "pid": os.getpid()}
 
 
 class RouterActor:
@@ -69,3 +74,6 @@ class RouterActor:
 
     def status(self) -> dict[str, Any]:
         return {"state": "ready", "pid": os.getpid()}
+
+    def load(self) -> dict[str, Any]:
+        return {}

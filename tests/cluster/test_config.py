@@ -36,6 +36,14 @@ BAD = [
     ("model: {path: demo}\nprefill: {workers: 0}\n", "set `mode: colocated`"),
     ("model: {path: demo}\ndecode: {device: tpu}\n", "decode.device must be one of 'auto', 'cpu' or 'cuda'"),
     ("model: {path: demo}\ndecode: {resources: {fast: -1}}\n", "fast must be at least 0"),
+    (
+        "model: {path: demo}\ndecode:\n  accelerator_type: H 200\n",
+        "c.yaml:3: decode.accelerator_type must be a name that Ray knows, such as H200, got 'H 200'",
+    ),
+    ("model: {path: demo}\ndecode: {labels: {zone: 3}}\n", "decode.labels.zone must be text (in quotes if"),
+    ("model: {path: demo}\ndecode: {labels: {zone: ''}}\n", "decode.labels.zone must be at most 63 letters"),
+    ("model: {path: demo}\ndecode: {labels: {zone: '!!a'}}\n", "or '!in(a, b)', got '!!a'"),
+    ("model: {path: demo}\ndecode:\n  labels: {_x: a}\n", "c.yaml:3: decode.labels must have keys such as"),
     ("model: {path: demo}\ndecode: {num_gpus: 1.5}\n", "a fraction of one GPU or a whole number, got 1.5"),
     ("model: {path: demo}\ndecode: {tensor_parallel: 3}\n", "decode.tensor_parallel must be 1, 2, 4 or 8, got 3"),
     ("model: {path: demo}\ndecode: {rank_timeout_s: 0}\n", "rank_timeout_s must be more than 0 and at most 3600"),
@@ -119,6 +127,17 @@ def test_understands_sections_defaults_and_empty_sections(tmp_path: Path) -> Non
     config = load_config(write(tmp_path, text))
     assert config.decode == PoolConfig(workers=3, num_cpus=1.0)
     assert config.cache == ClusterConfig(model=ModelOptions(path="demo")).cache
+
+
+LABELS = {"ray.io/accelerator-type": "in(H200, H100)", "example.com/market": "!spot", "zone": "a-1.b_2", "x": "!in(a)"}
+
+
+def test_labels_are_what_ray_understands(tmp_path: Path) -> None:
+    text = json.dumps({"model": {"path": "demo"}, "decode": {"labels": LABELS}})
+    assert load_config(write(tmp_path, text)).decode.labels == LABELS
+    code = "import sys, json; from ray._private.label_utils import validate_label_selector as check"
+    code += "; sys.exit(check(json.loads(sys.argv[1])))"
+    assert subprocess.run([sys.executable, "-c", code, json.dumps(LABELS)], check=False).returncode == 0
 
 
 def test_a_date_stays_text(tmp_path: Path) -> None:

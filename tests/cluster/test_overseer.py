@@ -261,3 +261,19 @@ def test_who_waits_for_a_member_is_woken(scene: Scene) -> None:
     assert told == [{"address": "decode-0:1"}]
     with pytest.raises(TimeoutError, match="not there any more"):
         scene.overseer.wait_ready("decode-9", 0.05)
+
+
+def test_nodes_are_a_budget_too(scene: Scene) -> None:
+    scene.hands.free_nodes = ["a", "b", "c", "b", "c"]
+    scene.wish(config(1, 3, scaling=ScalingConfig(max_nodes=2, place_timeout_s=3.0)))
+    scene.ticks(20)
+    assert set(scene.hands.placed.values()) == {"a", "b"}
+    assert (scene.ready("prefill"), scene.ready("decode")) == (1, 2)
+    assert "placing" in scene.phases().values()
+    scene.new_life()
+    scene.ticks(60)
+    assert set(scene.hands.placed.values()) == {"a", "b"}
+    scene.hands.free_nodes.append("a")
+    scene.ticks(150)
+    assert scene.ready("decode") == 3
+    assert set(scene.hands.placed.values()) == {"a", "b"}
