@@ -90,9 +90,12 @@ class WorkerSpec:
         """The settings of this worker's pool."""
         if self.pool == "prefill":
             return config.prefill
-        if config.mode == "split" and config.decode.prompt_share is None:
-            return replace(config.decode, prompt_share=SPLIT_PROMPT_SHARE)
-        return config.decode
+        return replace(config.decode, prompt_share=self.prompt_share(config, self.role))
+
+    def prompt_share(self, config: ClusterConfig, role: str) -> float | None:
+        """What prompts get at most of a step that also generates, while it has that role; None: all of it."""
+        own = (config.prefill if self.pool == "prefill" else config.decode).prompt_share
+        return SPLIT_PROMPT_SHARE if own is None and role == "decode" and config.mode == "split" else own
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -248,6 +251,8 @@ class FrontActor:
             socket_path=engine_socket,
             secret=secret,
             metrics_address=self._metrics.address,
+            prompt_shares={role: spec.prompt_share(config, role) or 1.0 for role in ("prefill", "decode")},
+            move_after_s=config.move_after_s,
         )
         self._front = self._loop.run(_make_front(options, _store(spec.redis_url, config)), START_S)
         gc.freeze()  # as the engine does: no request waits while the collector looks through Ray and gRPC
@@ -257,6 +262,11 @@ class FrontActor:
         """Answers once the worker serves."""
         self._loop.run(self._front.ready(self._start_s), self._start_s + START_S)
         return {**self._front.status(), "pid": os.getpid()}
+
+    def set_role(self, role: str, timeout_s: float) -> dict[str, Any]:
+        """Have it do another pool's work from now on, its next lives too; its status afterwards. Idempotent."""
+        self._loop.run(self._front.set_role(role, timeout_s), timeout_s)
+        return self.status()
 
     def drain(self, timeout_s: float) -> dict[str, Any]:
         """Take nothing new, wait for what runs, leave the registry; says what was left."""

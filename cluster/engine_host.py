@@ -14,7 +14,7 @@ import logging
 import threading
 from collections.abc import Callable
 
-from cluster.engine_messages import engine_stats, error_message
+from cluster.engine_messages import engine_stats, error_message, kv_layout, refuse_draining, refuse_not_started
 from decode_pool.config import DecodeOptions
 from decode_pool.worker import DecodeWorker
 from engine.batch import LayerHook, StepPlan
@@ -22,7 +22,6 @@ from engine.block_log import BlockLog
 from engine.engine import Engine
 from engine.errors import CapacityError, EngineError, InvalidRequestError
 from engine.ipc import EngineServer, Send
-from engine.runner import ModelRunner
 from engine.scheduler import Emitted
 from kv_transfer.config import TransferConfig
 from kv_transfer.group import TransferGroup
@@ -86,6 +85,13 @@ class EngineHost:
         self.engine.loop.post(lambda: None)  # so that it comes by even if it is idle already
         return self._drained.wait(timeout_s)
 
+    def set_role(self, order: pb.SetRole) -> None:
+        """Whose work is done from now on; the engine loop's thread calls it."""
+        self.role = order.role
+        if order.HasField("prompt_share"):
+            self.engine.scheduler.set_prompt_share(order.prompt_share)
+        log.info("role", extra={"role": order.role, "prompt_share": order.prompt_share})
+
     def stats(self) -> pb.WorkerStats:
         """Counters and gauges of the engine and of the present epoch's transfers."""
         return self._session.stats() if self._session is not None else engine_stats(self.engine)
@@ -111,6 +117,7 @@ class HostSession:
         self._host = host
         self._engine = host.engine
         self._send = send
+        self._identity = pb.WorkerIdentity()
         self._node: TransferNode | TransferGroup | None = None
         self._prefill: PrefillWorker | None = None
         self._decode: DecodeWorker | None = None
@@ -183,6 +190,7 @@ class HostSession:
         identity, host = start.identity, self._host
         if self._node is not None:
             raise EngineError("this front has already started an epoch")
+        self._identity = identity
         node = self._start_transfers(identity)
         self._prefill = PrefillWorker(self._engine, node, emit=self._emit)
         self._decode = DecodeWorker(
@@ -195,10 +203,16 @@ class HostSession:
             on_room=lambda: self._flush(is_news=True),
         )
         self._node = node
+        if start.HasField("role"):
+            self._engine.loop.call(lambda: host.set_role(start.role)).result(LOOP_CALL_TIMEOUT_S)
         self._engine.loop.call(self._take_loop).result(LOOP_CALL_TIMEOUT_S)
-        config = self._engine.runner.config
+        return self._describe()
+
+    def _describe(self) -> pb.WorkerDescription:
+        assert self._node is not None
+        host, config = self._host, self._engine.runner.config
         return pb.WorkerDescription(
-            identity=identity,
+            identity=self._identity,
             role=host.role,
             model_name=host.model_name,
             layout=host.layout().to_proto(),
@@ -207,7 +221,7 @@ class HostSession:
             max_running=host.max_running,
             vocab_size=config.vocab_size,
             architecture=config.architecture,
-            control_addresses=node.addresses,
+            control_addresses=self._node.addresses,
             paced=self._engine.is_paced,
         )
 
@@ -238,7 +252,7 @@ class HostSession:
     def _meet(self, meet: pb.MeetRequest) -> pb.EngineReply:
         """Begin the pairs to another worker; the node does not wait for them."""
         if self._node is None:
-            return _not_started()
+            return refuse_not_started()
         try:
             layout = KVLayout.from_proto(meet.layout)
         except ValueError as error:
@@ -299,11 +313,11 @@ class HostSession:
     def _on_loop(self, command: pb.EngineCommand) -> None:
         prefill, decode = self._prefill, self._decode
         if prefill is None or decode is None:
-            self._answer(command.call_id, _not_started)
+            self._answer(command.call_id, refuse_not_started)
             return
         kind, call_id = command.WhichOneof("command"), command.call_id
         if self._host.draining and kind in ("reserve", "prefill"):
-            self._answer(call_id, _draining)
+            self._answer(call_id, refuse_draining)
         elif kind == "reserve":
             self._answer(call_id, lambda: pb.EngineReply(reserve=decode.reserve(command.reserve)))
         elif kind == "prefill":
@@ -327,6 +341,9 @@ class HostSession:
             self._reply(call_id, pb.EngineReply(stats=self.stats()))
         elif kind == "check":
             self._answer(call_id, self._check)
+        elif kind == "set_role":
+            self._host.set_role(command.set_role)
+            self._reply(call_id, pb.EngineReply(description=self._describe()))
 
     def _start_prefill(self, prefill: PrefillWorker, command: pb.EngineCommand) -> None:
         def answer(result: pb.PrefillReply | Exception) -> None:
@@ -361,25 +378,3 @@ class HostSession:
         if call_id:
             reply.call_id = call_id
             self._send(pb.EngineEvent(reply=reply))
-
-
-def _draining() -> pb.EngineReply:
-    raise CapacityError("this worker is draining")
-
-
-def _not_started() -> pb.EngineReply:
-    raise EngineError("no epoch has been started")
-
-
-def kv_layout(runner: ModelRunner, model_hash: str) -> KVLayout:
-    """How a rank's KV lies, and what of it the rank has."""
-    return KVLayout(
-        model_hash=model_hash,
-        num_layers=runner.config.num_layers,
-        block_size=runner.block_size,
-        num_kv_heads=runner.config.num_kv_heads,
-        head_dim=runner.config.head_dim,
-        dtype=str(runner.dtype).removeprefix("torch."),
-        tp_rank=runner.parallel.rank,
-        tp_size=runner.parallel.size,
-    )

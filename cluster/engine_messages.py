@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from engine.engine import Engine
-from engine.errors import CapacityError, InvalidRequestError
+from engine.errors import CapacityError, EngineError, InvalidRequestError
+from engine.runner import ModelRunner
+from kv_transfer.layout import KVLayout
 from prefill_pool.worker import PrefillAborted
 from protos import worker_pb2 as pb
 
@@ -37,4 +39,28 @@ def engine_stats(engine: Engine) -> pb.WorkerStats:
         generated_tokens=stats.generated_tokens,
         findable_blocks=stats.findable_blocks,
         prompt_tokens_per_s=engine.loop.prompt_rate.tokens_per_s,
+    )
+
+
+def refuse_draining() -> pb.EngineReply:
+    """The answer to new work while the engine process drains."""
+    raise CapacityError("this worker is draining")
+
+
+def refuse_not_started() -> pb.EngineReply:
+    """The answer to whatever comes before StartEngine."""
+    raise EngineError("no epoch has been started")
+
+
+def kv_layout(runner: ModelRunner, model_hash: str) -> KVLayout:
+    """How a rank's KV lies, and what of it the rank has."""
+    return KVLayout(
+        model_hash=model_hash,
+        num_layers=runner.config.num_layers,
+        block_size=runner.block_size,
+        num_kv_heads=runner.config.num_kv_heads,
+        head_dim=runner.config.head_dim,
+        dtype=str(runner.dtype).removeprefix("torch."),
+        tp_rank=runner.parallel.rank,
+        tp_size=runner.parallel.size,
     )

@@ -4,6 +4,10 @@
         ^---------engine gone (new epoch)------'
 
 It holds no model and no torch; it comes back fast, and the engine's model outlives it.
+
+Its role may change while it serves (`set_role`): the engine, the registry and every router are told, and what runs
+stays. A worker that leaves the decode pool gives back, after `move_after_s`, what still generates; that goes on at
+other workers. Whoever orders it sees to it that there are some: here nothing is known of others.
 """
 
 from __future__ import annotations
@@ -13,9 +17,9 @@ import contextlib
 import enum
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args
 
 import grpc
 
@@ -27,13 +31,15 @@ from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc
 from protos.auth import WORKER_METADATA_KEY, same_key, worker_key
 from router.errors import StaleEpochError, StoreUnavailableError
-from router.store import FleetStore, WorkerRecord
+from router.store import FleetStore, Role, WorkerRecord
 
 log = logging.getLogger(__name__)
 
 LEASE_TTL_S = 10.0
 LEASE_PERIOD_S = 3.0
 STOP_GRACE_S = 1.0
+TELL_TIMEOUT_S = 5.0
+"""Bound of a word to the engine that nobody else bounds."""
 STREAMS = ("/Attach", "/OpenReserve", "/OpenPrefill")
 """The methods that take a stream."""
 
@@ -53,11 +59,16 @@ class FrontOptions:
 
     worker_id: str
     pool: str
-    role: Literal["prefill", "decode", "both"]
+    role: Role
+    """The one that it was made with; both: for good."""
     host: str
     socket_path: str
     secret: bytes
     metrics_address: str = ""
+    prompt_shares: Mapping[str, float] = field(default_factory=dict)
+    """What prompts get at most of a step that also generates, by role; a role that is not named changes nothing."""
+    move_after_s: float = 10.0
+    """How long requests may go on generating at a worker that has left the decode pool."""
 
 
 class WorkerFront:
@@ -68,10 +79,15 @@ class WorkerFront:
         self.link = EngineLink(
             socket_path=options.socket_path,
             worker_id=options.worker_id,
-            next_epoch=lambda: store.next_epoch(options.worker_id),
+            next_epoch=self._next_epoch,
             on_step=self._on_step,
+            role=self._role_order,
         )
-        self.link.on_started = self._register
+        self.link.on_started = self._started
+        self.role: Role = options.role
+        """Whose work it does."""
+        self._ordered: Role = options.role
+        """What the engine was told last."""
         self._state = FrontState.STARTING
         self._options = options
         self._store = store
@@ -80,6 +96,8 @@ class WorkerFront:
         self._decode = DecodeService(self.link)
         self._server: grpc.aio.Server | None = None
         self._lease_task: asyncio.Task[None] | None = None
+        self._moving: asyncio.Task[None] | None = None
+        """Gives back what generates, a while after it has left the decode pool."""
 
     @property
     def state(self) -> FrontState:
@@ -111,6 +129,25 @@ class WorkerFront:
         """Wait until the engine is linked; TimeoutError after timeout_s."""
         await asyncio.wait_for(self.link.started.wait(), timeout_s)
 
+    async def set_role(self, role: str, timeout_s: float, move_after_s: float | None = None) -> None:
+        """Change whose work it does, now and in its lives to come; idempotent.
+
+        Raises ValueError for a role that cannot be, StoreUnavailableError where it cannot be kept, and then nothing
+        has changed; EngineGoneError where the engine does not take it within the time, which then hears of it later.
+        `move_after_s`: as in FrontOptions, instead of it.
+        """
+        known = _checked(role, self._options)
+        if self._state in (FrontState.DRAINING, FrontState.STOPPED):
+            raise ValueError(f"worker {self._options.worker_id} is {self._state.value}: its role changes no more")
+        await self._store.set_role(self._options.worker_id, known)
+        old, self.role = self.role, known
+        if old != known:
+            log.info("the role changes", extra={"worker": self._options.worker_id, "old": old, "new": known})
+            self._move_later(old, self._options.move_after_s if move_after_s is None else move_after_s)
+        if self.link.state is LinkState.STARTED:
+            await self._tell_engine(timeout_s)
+            await self._register()
+
     async def drain(self, timeout_s: float) -> bool:
         """Take nothing new, wait for what runs; False if time was up first."""
         self._state = FrontState.DRAINING
@@ -129,8 +166,9 @@ class WorkerFront:
     async def stop(self) -> None:
         """Leave the registry, end every stream, let go of the engine."""
         self._state = FrontState.STOPPED
-        if self._lease_task is not None:
-            self._lease_task.cancel()
+        for task in (self._lease_task, self._moving):
+            if task is not None:
+                task.cancel()
         with contextlib.suppress(StoreUnavailableError):
             await self._store.deregister(self._options.worker_id, self.link.epoch)
         if self._server is not None:
@@ -141,8 +179,8 @@ class WorkerFront:
         """For people and metrics: state, identity, stats."""
         return {
             "worker_id": self._options.worker_id,
-            "pool": self._options.pool,
-            "role": self._options.role,
+            "pool": self._pool,
+            "role": self.role,
             "epoch": self.link.epoch,
             "state": self.state.value,
             "address": self.address,
@@ -151,19 +189,66 @@ class WorkerFront:
             "stats": {field.name: getattr(self.link.stats, field.name) for field in pb.WorkerStats.DESCRIPTOR.fields},
         }
 
+    @property
+    def _pool(self) -> str:
+        """The pool whose work it does."""
+        return self._options.pool if self.role == self._options.role else self.role
+
     def _on_step(self, step: pb.StepEvent) -> None:
         self.link.stats = step.stats
         self._decode.on_step(step)
+
+    async def _next_epoch(self) -> int:
+        """A new epoch, in the role that it was given last."""
+        kept = await self._store.role_of(self._options.worker_id)
+        if kept is not None and self._options.role != "both":
+            self.role = kept
+        return await self._store.next_epoch(self._options.worker_id)
+
+    def _role_order(self) -> pb.SetRole:
+        self._ordered = self.role
+        return pb.SetRole(role=self.role, prompt_share=self._options.prompt_shares.get(self.role))
+
+    async def _started(self) -> None:
+        if self._ordered != self.role:  # it changed while the engine was being told
+            await self._tell_engine(TELL_TIMEOUT_S)
+        await self._register()
+
+    async def _tell_engine(self, timeout_s: float) -> None:
+        """Have the engine take the role, then every router."""
+        description = self.link.description
+        reply = await self.link.call(pb.EngineCommand(set_role=self._role_order()), timeout_s)
+        if reply.WhichOneof("result") == "error":
+            raise EngineGoneError(f"the engine did not take the role {self.role}: {reply.error.message}")
+        description.role = self.role
+        self._decode.tell_all()
+
+    def _move_later(self, old: Role, move_after_s: float) -> None:
+        """See to it that what generates here does not do so for long, where that is no more this worker's affair."""
+        if self._moving is not None:
+            self._moving.cancel()
+            self._moving = None
+        if self.role == "prefill" and old != "prefill":
+            self._moving = asyncio.create_task(self._move(move_after_s), name="move")
+
+    async def _move(self, move_after_s: float) -> None:
+        await asyncio.sleep(move_after_s)
+        await self._hand_back("its worker computes prompts now")
+
+    async def _hand_back(self, reason: str) -> None:
+        """Have the engine give back what generates; without an engine nothing does."""
+        with contextlib.suppress(EngineGoneError):
+            await self.link.call(pb.EngineCommand(hand_back=pb.HandBack(reason=reason)), TELL_TIMEOUT_S)
 
     async def _register(self) -> None:
         options = self._options
         record = WorkerRecord(
             worker_id=options.worker_id,
             epoch=self.link.epoch,
-            role=options.role,
+            role=self.role,
             address=self.address,
             metrics_address=options.metrics_address,
-            pool=options.pool,
+            pool=self._pool,
             started_at=self._started_at,
         )
         await self._store.register(record, LEASE_TTL_S)
@@ -183,6 +268,16 @@ class WorkerFront:
             except StaleEpochError as error:
                 log.warning("%s; starting a new epoch", error)
                 await self.link.restart()
+
+
+def _checked(role: str, options: FrontOptions) -> Role:
+    """A role that this worker can have; ValueError if it is none."""
+    found: Role | None = next((known for known in get_args(Role) if known == role), None)
+    if found is None:
+        raise ValueError(f"the role of worker {options.worker_id} must be one of {get_args(Role)}, got {role!r}")
+    if options.role == "both" != found:
+        raise ValueError(f"worker {options.worker_id} has both roles for good, for its cluster is colocated")
+    return found
 
 
 def num_open(stats: pb.WorkerStats) -> int:

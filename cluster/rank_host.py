@@ -13,7 +13,7 @@ import logging
 import threading
 from collections.abc import Callable
 
-from cluster.engine_host import kv_layout
+from cluster.engine_messages import kv_layout
 from engine.errors import RankLostError
 from engine.follower import Follower
 from engine.runner import ModelRunner

@@ -103,6 +103,11 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
                 loop = asyncio.get_running_loop()
                 attached.telling = loop.call_later(STATS_LAG_S, self._tell_stats, attached)
 
+    def tell_all(self) -> None:
+        """Have every router hear at once what has changed of the worker itself: its role, or that it drains."""
+        for attached in self._attached.values():
+            attached.queue.put_nowait(self._news_for(attached))
+
     async def Attach(
         self, request_iterator: AsyncIterator[pb.AttachRequest], context: Context
     ) -> AsyncIterator[pb.AttachEvent]:
@@ -212,6 +217,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             draining=self.draining,
             blocks=router.blocks.take(),
             pair_bytes_per_s=self._link.pair_bytes_per_s,
+            role=self._link.description.role,
             credits=self._shares().get(router.router_id),
         )
 

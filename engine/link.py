@@ -44,8 +44,10 @@ class EngineLink:
         worker_id: str,
         next_epoch: Callable[[], Awaitable[int]],
         on_step: Callable[[pb.StepEvent], None],
+        role: Callable[[], pb.SetRole | None] = lambda: None,
     ) -> None:
-        """`next_epoch` draws a number larger than any before; it may fail and is tried again."""
+        """`next_epoch` draws a number larger than any before; it may fail and is tried again. `role`: what the engine
+        is told to be at the start of each epoch; None: what it is."""
         self.state = LinkState.CONNECTING
         self.description = pb.WorkerDescription()
         self.stats = pb.WorkerStats()
@@ -65,6 +67,7 @@ class EngineLink:
         self._worker_id = worker_id
         self._next_epoch = next_epoch
         self._on_step = on_step
+        self._role = role
         self._client: EngineClient | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -132,7 +135,8 @@ class EngineLink:
     async def _start(self, client: EngineClient) -> None:
         await client.connect(self._socket_path)
         identity = pb.WorkerIdentity(worker_id=self._worker_id, epoch=await self._next_epoch())
-        reply = await client.call(pb.EngineCommand(start=pb.StartEngine(identity=identity)), START_TIMEOUT_S)
+        start = pb.StartEngine(identity=identity, role=self._role())
+        reply = await client.call(pb.EngineCommand(start=start), START_TIMEOUT_S)
         if reply.WhichOneof("result") == "error":
             raise EngineGoneError(f"the engine refused to start: {reply.error.message}")
         self.description = reply.description

@@ -266,8 +266,8 @@ def choose_limits(options: EngineOptions, device: torch.device) -> StepLimits:
     """
     on_gpu = device.type != "cpu"
     most = options.max_step_tokens or max(options.max_running, GPU_STEP_TOKENS if on_gpu else CPU_STEP_TOKENS)
-    mixed = max(1, int(most * (options.prompt_share or 1.0)))
-    return StepLimits(max_tokens=most, mixed_tokens=mixed, slack_tokens=most // 4 if on_gpu else 0)
+    limits = StepLimits(max_tokens=most, mixed_tokens=most, slack_tokens=most // 4 if on_gpu else 0)
+    return limits.with_prompt_share(options.prompt_share or 1.0)
 
 
 def choose_max_model_len(wanted: int | None, config: ModelConfig) -> int:

@@ -70,6 +70,10 @@ class Scheduler:
 
     # ---- called by those who bring and take sequences ----
 
+    def set_prompt_share(self, share: float) -> None:
+        """From now on prompts get at most this part of a step that also generates."""
+        self._limits = self._limits.with_prompt_share(share)
+
     def add(self, sequence: Sequence) -> None:
         """Take in a sequence: without blocks, or with blocks that hold its computed tokens."""
         sequence.status = SequenceStatus.WAITING

@@ -7,7 +7,7 @@ be `slack_tokens` longer where that ends a prompt, which would otherwise need a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.batch import ScheduledSequence
 from engine.sequence import Sequence
@@ -26,6 +26,10 @@ class StepLimits:
     def most_tokens(self) -> int:
         """Tokens of the longest step."""
         return self.max_tokens + self.slack_tokens
+
+    def with_prompt_share(self, share: float) -> StepLimits:
+        """The same, with that part of a step for prompts beside sequences that generate."""
+        return replace(self, mixed_tokens=max(1, int(self.max_tokens * share)))
 
 
 class StepShares:

@@ -18,6 +18,7 @@ class EngineFinish(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ENGINE_FINISH_FAILED: _ClassVar[EngineFinish]
     ENGINE_FINISH_MOVED: _ClassVar[EngineFinish]
     ENGINE_FINISH_PREEMPTED: _ClassVar[EngineFinish]
+    ENGINE_FINISH_HANDED_BACK: _ClassVar[EngineFinish]
 ENGINE_FINISH_NONE: EngineFinish
 ENGINE_FINISH_EOS: EngineFinish
 ENGINE_FINISH_STOP: EngineFinish
@@ -26,6 +27,7 @@ ENGINE_FINISH_ABORTED: EngineFinish
 ENGINE_FINISH_FAILED: EngineFinish
 ENGINE_FINISH_MOVED: EngineFinish
 ENGINE_FINISH_PREEMPTED: EngineFinish
+ENGINE_FINISH_HANDED_BACK: EngineFinish
 
 class SamplingParams(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "max_tokens", "min_tokens", "stop_token_ids", "seed", "logprobs", "ignore_eos")
@@ -412,7 +414,7 @@ class BlockEvents(_message.Message):
     def __init__(self, after: _Optional[int] = ..., number: _Optional[int] = ..., stored: _Optional[_Iterable[int]] = ..., evicted: _Optional[_Iterable[int]] = ..., is_snapshot: _Optional[bool] = ...) -> None: ...
 
 class AttachEvent(_message.Message):
-    __slots__ = ("description", "outputs", "stats", "draining", "blocks", "pair_bytes_per_s", "credits")
+    __slots__ = ("description", "outputs", "stats", "draining", "blocks", "pair_bytes_per_s", "credits", "role")
     DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
@@ -420,6 +422,7 @@ class AttachEvent(_message.Message):
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     PAIR_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     CREDITS_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
     description: WorkerDescription
     outputs: _containers.RepeatedCompositeFieldContainer[TokenOutput]
     stats: WorkerStats
@@ -427,13 +430,30 @@ class AttachEvent(_message.Message):
     blocks: BlockEvents
     pair_bytes_per_s: float
     credits: Credits
-    def __init__(self, description: _Optional[_Union[WorkerDescription, _Mapping]] = ..., outputs: _Optional[_Iterable[_Union[TokenOutput, _Mapping]]] = ..., stats: _Optional[_Union[WorkerStats, _Mapping]] = ..., draining: _Optional[bool] = ..., blocks: _Optional[_Union[BlockEvents, _Mapping]] = ..., pair_bytes_per_s: _Optional[float] = ..., credits: _Optional[_Union[Credits, _Mapping]] = ...) -> None: ...
+    role: str
+    def __init__(self, description: _Optional[_Union[WorkerDescription, _Mapping]] = ..., outputs: _Optional[_Iterable[_Union[TokenOutput, _Mapping]]] = ..., stats: _Optional[_Union[WorkerStats, _Mapping]] = ..., draining: _Optional[bool] = ..., blocks: _Optional[_Union[BlockEvents, _Mapping]] = ..., pair_bytes_per_s: _Optional[float] = ..., credits: _Optional[_Union[Credits, _Mapping]] = ..., role: _Optional[str] = ...) -> None: ...
 
 class StartEngine(_message.Message):
-    __slots__ = ("identity",)
+    __slots__ = ("identity", "role")
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
     identity: WorkerIdentity
-    def __init__(self, identity: _Optional[_Union[WorkerIdentity, _Mapping]] = ...) -> None: ...
+    role: SetRole
+    def __init__(self, identity: _Optional[_Union[WorkerIdentity, _Mapping]] = ..., role: _Optional[_Union[SetRole, _Mapping]] = ...) -> None: ...
+
+class SetRole(_message.Message):
+    __slots__ = ("role", "prompt_share")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_SHARE_FIELD_NUMBER: _ClassVar[int]
+    role: str
+    prompt_share: float
+    def __init__(self, role: _Optional[str] = ..., prompt_share: _Optional[float] = ...) -> None: ...
+
+class HandBack(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class RouterGone(_message.Message):
     __slots__ = ("router_id",)
@@ -456,7 +476,7 @@ class CheckIntegrity(_message.Message):
     def __init__(self) -> None: ...
 
 class EngineCommand(_message.Message):
-    __slots__ = ("call_id", "start", "reserve", "prefill", "abort_decode", "abort_prefill", "renew", "router_gone", "drain", "check", "meet", "ticket", "adopt")
+    __slots__ = ("call_id", "start", "reserve", "prefill", "abort_decode", "abort_prefill", "renew", "router_gone", "drain", "check", "meet", "ticket", "adopt", "set_role", "hand_back")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     RESERVE_FIELD_NUMBER: _ClassVar[int]
@@ -470,6 +490,8 @@ class EngineCommand(_message.Message):
     MEET_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
     ADOPT_FIELD_NUMBER: _ClassVar[int]
+    SET_ROLE_FIELD_NUMBER: _ClassVar[int]
+    HAND_BACK_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     start: StartEngine
     reserve: ReserveRequest
@@ -483,7 +505,9 @@ class EngineCommand(_message.Message):
     meet: MeetRequest
     ticket: KVTicket
     adopt: AdoptRequest
-    def __init__(self, call_id: _Optional[int] = ..., start: _Optional[_Union[StartEngine, _Mapping]] = ..., reserve: _Optional[_Union[ReserveRequest, _Mapping]] = ..., prefill: _Optional[_Union[PrefillRequest, _Mapping]] = ..., abort_decode: _Optional[_Union[AbortRequest, _Mapping]] = ..., abort_prefill: _Optional[_Union[AbortRequest, _Mapping]] = ..., renew: _Optional[_Union[RenewLeases, _Mapping]] = ..., router_gone: _Optional[_Union[RouterGone, _Mapping]] = ..., drain: _Optional[_Union[DrainEngine, _Mapping]] = ..., check: _Optional[_Union[CheckIntegrity, _Mapping]] = ..., meet: _Optional[_Union[MeetRequest, _Mapping]] = ..., ticket: _Optional[_Union[KVTicket, _Mapping]] = ..., adopt: _Optional[_Union[AdoptRequest, _Mapping]] = ...) -> None: ...
+    set_role: SetRole
+    hand_back: HandBack
+    def __init__(self, call_id: _Optional[int] = ..., start: _Optional[_Union[StartEngine, _Mapping]] = ..., reserve: _Optional[_Union[ReserveRequest, _Mapping]] = ..., prefill: _Optional[_Union[PrefillRequest, _Mapping]] = ..., abort_decode: _Optional[_Union[AbortRequest, _Mapping]] = ..., abort_prefill: _Optional[_Union[AbortRequest, _Mapping]] = ..., renew: _Optional[_Union[RenewLeases, _Mapping]] = ..., router_gone: _Optional[_Union[RouterGone, _Mapping]] = ..., drain: _Optional[_Union[DrainEngine, _Mapping]] = ..., check: _Optional[_Union[CheckIntegrity, _Mapping]] = ..., meet: _Optional[_Union[MeetRequest, _Mapping]] = ..., ticket: _Optional[_Union[KVTicket, _Mapping]] = ..., adopt: _Optional[_Union[AdoptRequest, _Mapping]] = ..., set_role: _Optional[_Union[SetRole, _Mapping]] = ..., hand_back: _Optional[_Union[HandBack, _Mapping]] = ...) -> None: ...
 
 class EngineError(_message.Message):
     __slots__ = ("status", "message", "retry_after_s")
@@ -536,11 +560,13 @@ class EngineEvent(_message.Message):
     def __init__(self, reply: _Optional[_Union[EngineReply, _Mapping]] = ..., step: _Optional[_Union[StepEvent, _Mapping]] = ...) -> None: ...
 
 class StepEvent(_message.Message):
-    __slots__ = ("outputs", "stats", "blocks")
+    __slots__ = ("outputs", "stats", "blocks", "draining")
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     outputs: _containers.RepeatedCompositeFieldContainer[RouterOutputs]
     stats: WorkerStats
     blocks: BlockEvents
-    def __init__(self, outputs: _Optional[_Iterable[_Union[RouterOutputs, _Mapping]]] = ..., stats: _Optional[_Union[WorkerStats, _Mapping]] = ..., blocks: _Optional[_Union[BlockEvents, _Mapping]] = ...) -> None: ...
+    draining: bool
+    def __init__(self, outputs: _Optional[_Iterable[_Union[RouterOutputs, _Mapping]]] = ..., stats: _Optional[_Union[WorkerStats, _Mapping]] = ..., blocks: _Optional[_Union[BlockEvents, _Mapping]] = ..., draining: _Optional[bool] = ...) -> None: ...

@@ -2,7 +2,7 @@
 
 States: STARTING (listed, not yet described) -> READY (by its description) -> DRAINING (it says so)
 -> LOST (its stream ended or fell silent) -> READY again, when a new connection is described.
-Its link alone changes them.
+Its link alone changes them. Its role may change while it is READY: requests that are there stay there.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class WorkerInfo:
     worker_id: str
     epoch: int
     role: str
-    """prefill, decode or both."""
+    """prefill, decode or both; it may change."""
     address: str
     """host:port of its gRPC server."""
     pool: str = ""

@@ -2,7 +2,8 @@
 
 Each prefill worker in READY is told once of each decode worker in READY that can use its KV. What it makes of
 that is its own affair: nobody waits for a pair, and one that is not made ahead of time is made on first use. So
-a Meet that fails is logged and not tried again; another life of either worker is another introduction.
+a Meet that fails is logged and not tried again; another life of either worker, or a role that one of them had
+given up meanwhile, is another introduction.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Introductions:
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
         self._made: set[Meeting] = set()
-        """Begun, however they ended; only of lives that the fleet still knows."""
+        """Begun, however they ended; only of lives that the fleet still knows, in the roles that they have."""
         self._background = Background()
 
     async def follow(self) -> None:
@@ -48,8 +49,9 @@ class Introductions:
 
     def _introduce(self) -> None:
         workers = self._fleet.workers()
-        known = {info.label for info in workers}
-        self._made = {meeting for meeting in self._made if known.issuperset(meeting)}
+        prefillers = {info.label for info in workers if info.can_prefill}
+        decoders = {info.label for info in workers if info.can_decode}
+        self._made = {(one, other) for one, other in self._made if one in prefillers and other in decoders}
         for prefill, decode in _couples([info for info in workers if info.state is WorkerState.READY]):
             meeting = (prefill.label, decode.label)
             if meeting not in self._made:

@@ -7,6 +7,7 @@ Epochs only grow. A worker that finds itself stale (`StaleEpochError`) must stop
 
     pdserve:epoch:<worker_id>    counter, the newest epoch
     pdserve:worker:<worker_id>   record (JSON), expires
+    pdserve:role:<worker_id>     prefill, decode or both: the role it was given, kept for its lives to come
     pdserve:workers              set of worker ids
     pdserve:router:<router_id>   record (JSON), expires
     pdserve:routers              set of router ids
@@ -21,7 +22,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import redis.asyncio
 from redis.asyncio.retry import Retry
@@ -105,6 +106,12 @@ class FleetStore(Protocol):
     async def workers(self) -> list[WorkerRecord]:
         """All records whose lease holds, by worker_id."""
 
+    async def role_of(self, worker_id: str) -> Role | None:
+        """The role that a worker was given; None: it has the one that it was made with."""
+
+    async def set_role(self, worker_id: str, role: Role) -> None:
+        """Keep the role that a worker is given, for all its lives to come."""
+
     async def register_router(self, record: RouterRecord, ttl_s: float) -> None:
         """Write or renew a router's record."""
 
@@ -169,6 +176,15 @@ class RedisStore:
     async def workers(self) -> list[WorkerRecord]:
         """All records whose lease holds, by worker_id."""
         return [WorkerRecord(**json.loads(body)) for body in await self._records("worker")]
+
+    async def role_of(self, worker_id: str) -> Role | None:
+        """The role that a worker was given; None: it has the one that it was made with."""
+        role = await self._call("role_of", lambda: self._redis.get(f"{PREFIX}role:{worker_id}"))
+        return role if role in get_args(Role) else None
+
+    async def set_role(self, worker_id: str, role: Role) -> None:
+        """Keep the role that a worker is given, for all its lives to come."""
+        await self._call("set_role", lambda: self._redis.set(f"{PREFIX}role:{worker_id}", role))
 
     async def register_router(self, record: RouterRecord, ttl_s: float) -> None:
         """Write or renew a router's record."""
@@ -240,6 +256,7 @@ class MemoryStore:
         self._epochs: dict[str, int] = {}
         self._workers: dict[str, tuple[WorkerRecord, float]] = {}
         self._routers: dict[str, tuple[RouterRecord, float]] = {}
+        self._roles: dict[str, Role] = {}
         self._changed = Signal()
         self._refresh_s = refresh_s
         self._requests = MemoryRequestStore()
@@ -274,6 +291,14 @@ class MemoryStore:
         """All records whose lease holds, by worker_id."""
         now = time.monotonic()
         return [record for _, (record, until) in sorted(self._workers.items()) if until > now]
+
+    async def role_of(self, worker_id: str) -> Role | None:
+        """The role that a worker was given; None: it has the one that it was made with."""
+        return self._roles.get(worker_id)
+
+    async def set_role(self, worker_id: str, role: Role) -> None:
+        """Keep the role that a worker is given, for all its lives to come."""
+        self._roles[worker_id] = role
 
     async def register_router(self, record: RouterRecord, ttl_s: float) -> None:
         """Write or renew a router's record."""

@@ -248,6 +248,10 @@ class WorkerLink:
                 logger.info("block events are missing: asking for all", extra={"worker": self.info.label})
             self._wants_blocks = True
         self.info.pair_bytes_per_s = event.pair_bytes_per_s or self.info.pair_bytes_per_s
+        if event.role and event.role != self.info.role:
+            logger.info("worker has a new role", extra={"worker": self.info.label, "role": event.role})
+            self.info.role = event.role
+            self._on_change()
         if event.draining and self.info.state is WorkerState.READY:
             self.info.state = WorkerState.DRAINING
             self._on_change()

@@ -87,3 +87,22 @@ def test_a_drain_that_takes_too_long_says_so(tiny_llama, tmp_path):
         assert not peer.host.drain(0.1)
         peer.call(pb.EngineCommand(abort_decode=ABORT))
         assert peer.host.drain(10.0)
+
+
+def test_a_role_is_taken_with_its_share_of_prompts_and_kept_for_the_next_epoch(tiny_llama, tmp_path):
+    with Peer("d", tiny_llama, tmp_path) as peer:
+        order = pb.SetRole(role="decode", prompt_share=0.25)
+        assert peer.call(pb.EngineCommand(set_role=order)).description.role == "decode"
+        reserve(peer, make_request("a", [5] * 20, max_tokens=100), local_prefill=True)
+        reserve(peer, make_request("b", [6] * 100, max_tokens=1), local_prefill=True)
+        assert len(peer.stream("b")) == 1
+        assert peer.engine.scheduler.stats().steps > 100 // 16, "the prompt had no more than a quarter of each step"
+        peer.session.close()
+        peer.session = peer.host.open_session(peer._take)
+        start = pb.StartEngine(identity=pb.WorkerIdentity(worker_id="d", epoch=2))
+        assert peer.call(pb.EngineCommand(start=start)).description.role == "decode"
+        start.identity.epoch, again = 3, pb.SetRole(role="prefill")
+        peer.session.close()
+        peer.session = peer.host.open_session(peer._take)
+        start.role.CopyFrom(again)
+        assert peer.call(pb.EngineCommand(start=start)).description.role == "prefill"

@@ -2,8 +2,12 @@
 
 import asyncio
 
+import pytest
+
 from cluster.front import FrontOptions, FrontState, WorkerFront
 from engine.ipc import EngineServer
+from protos import worker_pb2 as pb
+from router.errors import StoreUnavailableError
 from router.store import MemoryStore
 from tests.engine.test_ipc import EchoSession
 
@@ -32,5 +36,114 @@ def test_a_front_without_its_engine_is_starting_again(tmp_path):
         assert front.status()["state"] == "STARTING"
         await front.stop()
         assert front.state is FrontState.STOPPED
+
+    asyncio.run(main())
+
+
+class Told(EchoSession):
+    """An engine that takes roles."""
+
+    def __init__(self, send, log: list, roles: list[pb.SetRole]) -> None:
+        super().__init__(send, log)
+        self.roles = roles
+
+    def handle(self, command: pb.EngineCommand) -> None:
+        kind = command.WhichOneof("command")
+        if kind == "start":
+            self.roles.append(command.start.role)
+        elif kind == "set_role":
+            self.roles.append(command.set_role)
+            self.send(pb.EngineEvent(reply=pb.EngineReply(call_id=command.call_id, description=pb.WorkerDescription())))
+        elif kind == "hand_back":
+            self.send(pb.EngineEvent(reply=pb.EngineReply(call_id=command.call_id, stats=pb.WorkerStats())))
+        super().handle(command)
+
+
+class Scene:
+    """A front with an engine that takes roles."""
+
+    def __init__(self, tmp_path, store: MemoryStore, **options) -> None:
+        self.store = store
+        self.roles: list[pb.SetRole] = []
+        self.log: list[str] = []
+        path = str(tmp_path / "e.sock")
+        settings = {"pool": "decode", "role": "decode", "move_after_s": 0.05, "prompt_shares": {"decode": 0.25}}
+        self.options = FrontOptions(
+            worker_id="w", host="127.0.0.1", socket_path=path, secret=b"secret", **settings | options
+        )
+        self.engine = EngineServer(path, lambda send: Told(send, self.log, self.roles))
+        self.front = WorkerFront(self.options, store)
+
+    async def __aenter__(self) -> "Scene":
+        self.engine.start()
+        await self.front.start()
+        await self.front.ready(10.0)
+        await self.until(lambda: self.front.state is FrontState.SERVING)
+        return self
+
+    async def __aexit__(self, *_) -> None:
+        await self.front.stop()
+        await asyncio.to_thread(self.engine.stop)
+
+    async def until(self, check) -> None:
+        async with asyncio.timeout(10.0):
+            while not check():  # noqa: ASYNC110 (conditions of several parties)
+                await asyncio.sleep(0.005)
+
+    async def listed(self) -> list[tuple[str, str]]:
+        return [(record.role, record.pool) for record in await self.store.workers()]
+
+
+def test_a_role_changes_at_once_and_for_all_lives_to_come(tmp_path):
+    async def main() -> None:
+        store = MemoryStore()
+        async with Scene(tmp_path, store) as scene:
+            assert scene.roles == [pb.SetRole(role="decode", prompt_share=0.25)]
+            assert await scene.listed() == [("decode", "decode")]
+            for _ in range(2):
+                await scene.front.set_role("prefill", 10.0)
+            assert scene.roles[1:] == [pb.SetRole(role="prefill")] * 2
+            assert await scene.listed() == [("prefill", "prefill")]
+            assert scene.front.status()["role"] == scene.front.status()["pool"] == "prefill"
+            await scene.until(lambda: "hand_back" in scene.log)
+            await scene.front.link.restart()
+            await scene.until(lambda: len(scene.roles) == 4)
+            assert scene.roles[3] == pb.SetRole(role="prefill")
+        async with Scene(tmp_path, store) as scene:
+            assert scene.roles == [pb.SetRole(role="prefill")]
+            assert scene.front.link.epoch == 3
+            assert await scene.listed() == [("prefill", "prefill")]
+            assert scene.log.count("hand_back") == 0
+
+    asyncio.run(main())
+
+
+def test_a_worker_that_is_back_in_the_decode_pool_in_time_moves_nothing(tmp_path):
+    async def main() -> None:
+        async with Scene(tmp_path, MemoryStore()) as scene:
+            await scene.front.set_role("prefill", 10.0, 0.2)
+            await scene.front.set_role("decode", 10.0)
+            await asyncio.sleep(0.4)
+            assert "hand_back" not in scene.log
+            assert await scene.listed() == [("decode", "decode")]
+
+    asyncio.run(main())
+
+
+def test_a_role_that_cannot_be_changes_nothing(tmp_path):
+    class Away(MemoryStore):
+        async def set_role(self, worker_id, role) -> None:
+            raise StoreUnavailableError("away")
+
+    async def main() -> None:
+        async with Scene(tmp_path, Away()) as scene:
+            with pytest.raises(ValueError, match=r"must be one of .*, got 'router'"):
+                await scene.front.set_role("router", 10.0)
+            with pytest.raises(StoreUnavailableError):
+                await scene.front.set_role("prefill", 10.0)
+            assert (scene.front.role, len(scene.roles)) == ("decode", 1)
+        async with Scene(tmp_path, MemoryStore(), pool="decode", role="both") as scene:
+            with pytest.raises(ValueError, match="both roles for good"):
+                await scene.front.set_role("prefill", 10.0)
 
     asyncio.run(main())

@@ -74,3 +74,10 @@ def test_a_share_taken_back_leaves_its_room() -> None:
     shares.drop(first)
     assert shares.room_for(second) == 16
     assert shares.shares() == []
+
+
+def test_the_share_of_prompts_may_change() -> None:
+    limits = StepLimits(max_tokens=64, mixed_tokens=64)
+    assert taken(limits.with_prompt_share(0.25), [1, 100]) == [1, 16]
+    assert taken(limits.with_prompt_share(0.25).with_prompt_share(1.0), [1, 100]) == [1, 63]
+    assert taken(limits.with_prompt_share(0.001), [1, 100]) == [1, 1]

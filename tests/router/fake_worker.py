@@ -163,6 +163,11 @@ class FakeWorker:
         for router_id in self.routers:
             self.say(router_id, worker_pb2.AttachEvent(draining=True))
 
+    def set_role(self, role: Role) -> None:
+        self.role = role
+        for router_id in self.routers:
+            self.say(router_id, worker_pb2.AttachEvent(role=role))
+
     def first_token_came(self, request_id: str, attempt: int) -> None:
         """What the last announcement on the control connection brings."""
         running = self.running.get(request_id)

@@ -63,6 +63,22 @@ def test_workers_come_and_go() -> None:
     run(scenario())
 
 
+def test_a_worker_may_change_its_role_while_it_is_ready() -> None:
+    async def scenario() -> None:
+        async with fleet_with("prefill", "decode") as (fleet, _, workers):
+            await eventually(lambda: fleet.serves(split=True))
+            assert not fleet.roster.lacks_a_role
+            workers[0].set_role("decode")
+            await eventually(lambda: fleet.roster.lacks_a_role)
+            assert [info.role for info in fleet.workers()] == ["decode", "decode"]
+            assert set(states(fleet).values()) == {WorkerState.READY}
+            workers[1].set_role("prefill")
+            await eventually(lambda: not fleet.roster.lacks_a_role)
+            assert [info.role for info in fleet.workers()] == ["decode", "prefill"]
+
+    run(scenario())
+
+
 def test_new_epoch_replaces_the_old_life_even_if_that_still_speaks() -> None:
     async def scenario() -> None:
         async with fleet_with("both") as (fleet, store, workers):

@@ -56,6 +56,21 @@ def test_a_new_life_is_another_introduction_a_new_connection_is_not(model: Path)
     run(scenario())
 
 
+def test_a_role_that_was_given_up_is_another_introduction(model: Path) -> None:
+    async def scenario() -> None:
+        async with cluster(model, prefill=1, decode=2) as made:
+            prefill, first, second = (made.workers[name] for name in ("p0", "d0", "d1"))
+            await eventually(lambda: met(prefill) == ["d0/1", "d1/1"])
+            first.set_role("prefill")
+            await eventually(lambda: met(first) == ["d1/1"])
+            first.set_role("decode")
+            await eventually(lambda: met(prefill) == ["d0/1", "d0/1", "d1/1"])
+            await asyncio.sleep(SETTLED_S)
+            assert [len(worker.met) for worker in (prefill, first, second)] == [3, 1, 0]
+
+    run(scenario())
+
+
 def test_workers_of_both_roles_meet_each_other_and_not_themselves(model: Path) -> None:
     async def scenario() -> None:
         async with cluster(model, prefill=0, decode=0) as made:

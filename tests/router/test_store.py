@@ -39,6 +39,18 @@ async def opened(make: Callable[[], FleetStore]) -> AsyncIterator[FleetStore]:
         await store.close()
 
 
+def test_a_role_that_was_given_stays(make_store: Callable[[], FleetStore]) -> None:
+    async def scenario() -> None:
+        async with opened(make_store) as store:
+            assert await store.role_of("a-role") is None
+            await store.set_role("a-role", "prefill")
+            await store.set_role("a-role", "decode")
+            assert await store.role_of("a-role") == "decode"
+            assert await store.role_of("another-role") is None
+
+    run(scenario())
+
+
 def test_records_come_back_until_their_lease_ends(make_store: Callable[[], FleetStore]) -> None:
     async def scenario() -> None:
         async with opened(make_store) as store:
