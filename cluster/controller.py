@@ -21,7 +21,7 @@ from cluster import metrics, pool
 from cluster.config import from_plain
 from cluster.nap import napping
 from cluster.placement import WorkerPlan, router_ids, shortage, total, wanted_workers
-from cluster.process import begin
+from cluster.process import at_node, begin
 
 CONTROLLER = "controller"
 STATUS_TIMEOUT_S = 2.0
@@ -57,8 +57,9 @@ class Controller:
         self._routers: dict[str, Any] = {}
         self._plans: list[WorkerPlan] = []
         self._state = ControllerState.NEW
-        config = from_plain(deployment.around.config)
-        begin("controller", "", config, deployment.around.run_dir, deployment.around.redis_url)
+        here = at_node(deployment.around)  # for this process alone: its workers may be on other nodes
+        config = from_plain(here.config)
+        begin("controller", "", config, here.run_dir, here.redis_url)
         collector = metrics.StatsCollector("controller", self._metric_values)
         self._metrics = metrics.serve([collector], host=config.observability.metrics_host)
         log.info("controller up", extra={"metrics": self._metrics.address})

@@ -17,7 +17,6 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.nap import napping
 from cluster.placement import ROUTER_CPUS, Bundle, WorkerPlan
-from engine.ipc import socket_path
 
 NAMESPACE = "pdserve"
 MAX_CONCURRENCY = 4
@@ -78,7 +77,7 @@ def create_worker(plan: WorkerPlan, classes: ActorClasses, around: Surroundings)
         for rank in range(len(plan.bundles) - 1)
     )
     front = _create(classes.front, front_name(plan.worker_id), plan.bundles[0], thread_limits(1), (group, 0))
-    return WorkerHandles(front.remote(spec, socket_path(around.run_dir, plan.worker_id)), engines)
+    return WorkerHandles(front.remote(spec), engines)
 
 
 def create_router(router_id: str, classes: ActorClasses, around: Surroundings) -> Any:
@@ -86,7 +85,8 @@ def create_router(router_id: str, classes: ActorClasses, around: Surroundings) -
     spec = classes.router_spec(
         router_id=router_id, config=around.config, run_dir=around.run_dir, redis_url=around.redis_url
     )
-    return _create(classes.router, router_id, {"CPU": ROUTER_CPUS}, thread_limits(1), None).remote(spec)
+    bundle = {"CPU": ROUTER_CPUS, **around.config["router"]["resources"]}
+    return _create(classes.router, router_id, bundle, thread_limits(1), None).remote(spec)
 
 
 def remove_worker(plan: WorkerPlan) -> None:

@@ -42,9 +42,8 @@ class EngineActor:
 
 
 class FrontActor:
-    def __init__(self, spec: WorkerSpec, engine_socket: str) -> None:
+    def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
-        self._socket = engine_socket
 
     def ready(self) -> dict[str, Any]:
         return {"worker_id": self._spec.worker_id, "epoch": 1, "address": "127.0.0.1:1", "pid": os.getpid()}
