@@ -24,7 +24,7 @@ from cluster.front import FrontOptions, FrontState, WorkerFront
 from cluster.loop_thread import LoopThread
 from cluster.model_load import LoadTeller
 from cluster.placement import port_of
-from cluster.process import begin
+from cluster.process import at_node, begin
 from cluster.run_dir import RunDir
 from cluster.sigterm import on_sigterm
 from engine.errors import RankLostError
@@ -143,6 +143,7 @@ class EngineActor:
 
         A rank of several that is lost later ends this process, and so all ranks of the worker start again.
         """
+        spec = at_node(spec)
         config = from_plain(spec.config)
         secret = begin(f"engine{rank}", spec.worker_id, config, spec.run_dir, spec.redis_url)
         load = LoadTeller(RunDir(Path(spec.run_dir)), spec.worker_id if rank == 0 else f"{spec.worker_id}/{rank}")
@@ -233,7 +234,8 @@ def _follow(spec: WorkerSpec, rank: int, secret: bytes, load: LoadTeller) -> tup
 class FrontActor:
     """A worker's front process."""
 
-    def __init__(self, spec: WorkerSpec, engine_socket: str) -> None:
+    def __init__(self, spec: WorkerSpec) -> None:
+        spec = at_node(spec)
         config = from_plain(spec.config)
         secret = begin("front", spec.worker_id, config, spec.run_dir, spec.redis_url)
         collector = metrics.StatsCollector(
@@ -248,7 +250,7 @@ class FrontActor:
             pool=spec.pool,
             role=spec.role,
             host=spec.pool_config(config).host,
-            socket_path=engine_socket,
+            socket_path=socket_path(spec.run_dir, spec.worker_id),
             secret=secret,
             metrics_address=self._metrics.address,
             prompt_shares={role: spec.prompt_share(config, role) or 1.0 for role in ("prefill", "decode")},
@@ -299,6 +301,7 @@ class RouterActor:
     """A router process."""
 
     def __init__(self, spec: RouterSpec) -> None:
+        spec = at_node(spec)
         config = from_plain(spec.config)
         secret = begin("router", spec.router_id, config, spec.run_dir, spec.redis_url)
         self._drain_s = config.drain_s
@@ -311,7 +314,7 @@ class RouterActor:
             key_labels={"outcomes": "outcome", "refused": "reason", "workers": "state"},
         )
         observability = config.observability
-        port = port_of(observability.metrics_port, spec.router_id)
+        port = port_of(observability.metrics_port, spec.router_id, same=config.router.same_port)
         self._metrics = metrics.serve([collector], host=observability.metrics_host, port=port)
         self._app, self._address = self._loop.run(_make_router(spec, config, secret, self._metrics.address), START_S)
         gc.freeze()
@@ -367,7 +370,7 @@ async def _make_router(
     spec: RouterSpec, config: ClusterConfig, secret: bytes, metrics_address: str
 ) -> tuple[RouterApp, str]:
     app = RouterApp(
-        config=replace(config.router, port=port_of(config.router.port, spec.router_id)),
+        config=replace(config.router, port=port_of(config.router.port, spec.router_id, same=config.router.same_port)),
         model=config.model,
         mode=config.mode,
         store=_store(spec.redis_url, config),

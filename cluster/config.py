@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+from urllib.parse import quote
 
 from pydantic import ConfigDict, TypeAdapter
 
@@ -23,6 +24,7 @@ from kv_transfer.config import TransferConfig
 from router.config import RouterConfig
 
 __all__ = [
+    "NODE_HOST",
     "ClusterConfig",
     "ConfigError",
     "ObservabilityConfig",
@@ -48,6 +50,8 @@ TENSOR_PARALLEL = (1, 2, 4, 8)
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
 _LABEL_PREFIX = rf"(?=.{{1,253}}$){_LABEL}(?:\.{_LABEL})*"
 _LABEL_CONDITION = rf"!?{_LABEL}|!?in\({_LABEL}(?:, ?{_LABEL})*\)"
+NODE_HOST = "node"
+"""As a host: the address by which Ray knows the machine that a process is on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +61,7 @@ class PoolConfig(EngineOptions):
     workers: int = 1
     """Workers of this pool; 0 starts none."""
     host: str = "127.0.0.1"
-    """Interface on which the workers listen for routers."""
+    """Interface on which the workers listen for routers; `node`: the address by which Ray knows their machine."""
     num_cpus: float | None = None
     """Ray CPUs that each rank reserves; default: threads."""
     num_gpus: float | None = None
@@ -114,10 +118,14 @@ class RedisConfig:
     Each cluster needs a database (db) of its own; Ray's state is always in database 0."""
     port: int = 0
     """TCP port of the embedded Valkey, on loopback; 0: any free one."""
+    password_file: str | None = None
+    """File with the password for a url that has none, such as a mounted secret; read where a command runs."""
 
     def __post_init__(self) -> None:
         if self.url is not None and not re.match(r"rediss?://[^/]", self.url):
             raise ValueError(f"url must look like redis://host:port, got {public_url(self.url)!r}")
+        if self.password_file is not None and self.url is None:
+            raise ValueError("password_file is for a Redis of your own: set url too, or leave password_file out")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port must be between 0 and 65535, got {self.port}")
 
@@ -155,7 +163,7 @@ class ObservabilityConfig:
     log_dir: str | None = None
     """Directory of the log files; default: `logs` in the run directory."""
     metrics_host: str = "127.0.0.1"
-    """Interface on which every process serves /metrics."""
+    """Interface on which every process serves /metrics; `node`: the address by which Ray knows its machine."""
     metrics_port: int = 0
     """TCP port of the router's /metrics; 0: any free one. Workers always take a free one (see `pdserve status`)."""
 
@@ -214,11 +222,29 @@ class ClusterConfig:
             raise ValueError(f"move_after_s must be between 0 and 86400 seconds, got {self.move_after_s}")
         if not 0 < self.start_timeout_s <= 86400:
             raise ValueError(f"start_timeout_s must be more than 0 and at most 86400, got {self.start_timeout_s}")
+        if self.router.same_port and self.router.replicas > 1 and self.ray.address is None:
+            raise ValueError("router.same_port needs a machine for each router: set ray.address, or router.replicas: 1")
 
 
 def load_config(path: str | Path) -> ClusterConfig:
-    """The configuration in a YAML file; ConfigError lists every problem with its line."""
-    return load(Path(path), ClusterConfig)
+    """The configuration in a YAML file, with the password of redis.password_file where that can be read.
+
+    ConfigError lists every problem with its line.
+    """
+    config = load(Path(path), ClusterConfig)
+    return dataclasses.replace(config, redis=_with_password(config.redis))
+
+
+def _with_password(given: RedisConfig) -> RedisConfig:
+    url = given.url
+    if url is None or given.password_file is None or "@" in url:
+        return given
+    try:
+        password = Path(given.password_file).read_text().strip()
+    except OSError:
+        return given  # a file is also checked where the cluster's secrets are not; who connects says what is missing
+    scheme, _, rest = url.partition("://")
+    return dataclasses.replace(given, url=f"{scheme}://:{quote(password, safe='')}@{rest}")
 
 
 def can_change_role(config: ClusterConfig) -> bool:

@@ -28,7 +28,7 @@ from cluster.members import Member
 from cluster.nap import napping
 from cluster.overseer import Overseer
 from cluster.placement import shortage, total, wanted_workers
-from cluster.process import begin
+from cluster.process import at_node, begin
 
 CONTROLLER = "controller"
 STATUS_TIMEOUT_S = 2.0
@@ -61,10 +61,11 @@ class Controller:
 
     def __init__(self, deployment: Deployment) -> None:
         around = deployment.around
-        config = from_plain(around.config)
-        begin("controller", "", config, around.run_dir, around.redis_url)
+        here = at_node(around)  # for this process alone: its workers may be on other nodes
+        config = from_plain(here.config)
+        begin("controller", "", config, here.run_dir, here.redis_url)
         self._state = ControllerState.NEW
-        self._store = ClusterStore(around.redis_url, timeout_s=config.router.store_timeout_s)
+        self._store = ClusterStore(here.redis_url, timeout_s=config.router.store_timeout_s)
         self._hands = RayHands(_load_classes(deployment.actors), around.run_dir, around.redis_url)
         self._overseer = Overseer(self._store, self._hands, on_gpu=_takes_gpus(config))
         self._over = threading.Event()

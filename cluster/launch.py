@@ -24,7 +24,7 @@ from typing import Any
 import redis
 
 from cluster.children import send_signal
-from cluster.config import ClusterConfig, public_url, to_plain
+from cluster.config import NODE_HOST, ClusterConfig, public_url, to_plain
 from cluster.placement import port_of, router_ids
 from cluster.ray_node import package_environment
 from cluster.run_dir import AlreadyRunningError, ProcessRef, RunDir, session_members, write_private
@@ -79,7 +79,7 @@ def check(config: ClusterConfig, run_dir: RunDir) -> ClusterConfig:
         ("ray.port", "127.0.0.1", 0 if config.ray.address else config.ray.port),
     ]
     for name, host, port in ports:
-        if port:
+        if port and host != NODE_HOST and not (name == "router.port" and config.ray.address):
             _check_port(name, host, port)
     if config.redis.url:
         _check_redis(config.redis.url)
@@ -130,15 +130,24 @@ def _check_redis(url: str) -> None:
             client.ping()
     except (redis.RedisError, OSError, ValueError) as error:
         raise LaunchError(
-            f"the Redis at {public_url(url)} cannot be used ({error}): start it, mend redis.url (with its password), "
+            f"the Redis at {public_url(url)} cannot be used ({error}): start it, mend redis.url (with its password) or "
+            "redis.password_file, "
             "or leave redis.url out to have an embedded one"
         ) from error
 
 
 def start(
-    config: ClusterConfig, run_dir: RunDir, *, actors: str = "cluster.actors", attached: bool = False
+    config: ClusterConfig,
+    run_dir: RunDir,
+    *,
+    actors: str = "cluster.actors",
+    attached: bool = False,
+    keep: bool = False,
 ) -> Launched:
-    """Start the supervisor in a session of its own; `attached`: it stops when this process ends."""
+    """Start the supervisor in a session of its own; `attached`: it stops when this process ends.
+
+    `keep`: SIGTERM leaves workers and routers running.
+    """
     run_dir.create()
     write_private(run_dir.config_file, json.dumps(to_plain(config)))
     for name in ("cluster", "valkey", "ray"):
@@ -146,6 +155,8 @@ def start(
     argv = [sys.executable, "-m", "cluster.supervisor", str(run_dir.path), "--actors", actors]
     if attached:
         argv += ["--parent", str(os.getpid())]
+    if keep:
+        argv.append("--keep")
     read_end, write_end = os.pipe()
     with (run_dir.logs / "supervisor.err").open("wb") as errors:
         process = subprocess.Popen(
@@ -185,9 +196,9 @@ def stop(run_dir: RunDir, timeout_s: float) -> bool:
     supervisor = state.supervisor
     was_alive = supervisor.is_alive()
     if was_alive:
-        send_signal(supervisor, signal.SIGTERM)
+        send_signal(supervisor, signal.SIGINT)
         if not wait_gone(supervisor, timeout_s):
-            send_signal(supervisor, signal.SIGTERM)
+            send_signal(supervisor, signal.SIGINT)
             wait_gone(supervisor, STOP_MARGIN_S)
     left = session_members(supervisor)
     for number, grace_s in ((signal.SIGTERM, KILL_GRACE_S), (signal.SIGKILL, KILL_GRACE_S)):

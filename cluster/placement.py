@@ -123,9 +123,9 @@ def router_ids(config: ClusterConfig) -> list[str]:
     return [f"router-{index}" for index in range(config.router.replicas)]
 
 
-def port_of(base: int, router_id: str) -> int:
-    """The port of a router, given that of the first one; 0: any free one."""
-    return base + int(router_id.rpartition("-")[2]) if base else 0
+def port_of(base: int, router_id: str, *, same: bool = False) -> int:
+    """The port of a router, given that of the first one; 0: any free one. `same`: each has a machine of its own."""
+    return base + int(router_id.rpartition("-")[2]) if base and not same else base
 
 
 def shortage(needed: Bundle, there: Bundle) -> list[str]:

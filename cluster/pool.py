@@ -19,7 +19,6 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.members import Member
 from cluster.nap import napping
 from cluster.placement import ROUTER_CPUS, Bundle, WorkerPlan, no_room
-from engine.ipc import socket_path
 
 NAMESPACE = "pdserve"
 MAX_CONCURRENCY = 4
@@ -101,7 +100,7 @@ def create_worker(plan: WorkerPlan, classes: ActorClasses, around: Surroundings)
         for rank, name in enumerate(_engine_names(plan.worker_id, len(plan.bundles) - 1))
     )
     front = _create(classes.front, front_name(plan.worker_id), plan.bundles[0], thread_limits(1), (place, 0))
-    return WorkerHandles(front.remote(spec, socket_path(around.run_dir, plan.worker_id)), engines)
+    return WorkerHandles(front.remote(spec), engines)
 
 
 def find_speaker(member: Member) -> Any | None:
@@ -124,7 +123,8 @@ def create_router(router_id: str, classes: ActorClasses, around: Surroundings) -
     spec = classes.router_spec(
         router_id=router_id, config=around.config, run_dir=around.run_dir, redis_url=around.redis_url
     )
-    return _create(classes.router, router_id, {"CPU": ROUTER_CPUS}, thread_limits(1), None).remote(spec)
+    bundle = {"CPU": ROUTER_CPUS, **around.config["router"]["resources"]}
+    return _create(classes.router, router_id, bundle, thread_limits(1), None).remote(spec)
 
 
 def remove_worker(worker_id: str, num_ranks: int) -> None:

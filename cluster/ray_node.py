@@ -1,4 +1,4 @@
-"""Our own Ray on this machine, as the supervisor sees it: started, watched, restarted, ended.
+"""Ray as the supervisor sees it: our own on this machine, started, watched, restarted, ended; or another's, joined.
 
 States: STOPPED -> (start) RUNNING -> RUNNING again after `restart_gcs` (Ray's processes reconnect within
 60 s and go on) -> (stop) STOPPED. A dead raylet takes all actors with it: the owner stops what is left and
@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from cluster.ray_head import HeadProcesses, HeadSettings, gcs_environment
 from cluster.run_dir import RunDir, write_private
 
 START_TIMEOUT_S = 60.0
+ASK_EVERY_S = 1.0
+ASK_TIMEOUT_S = 5.0
 STOP_GRACE_S = 5.0
 
 
@@ -134,3 +137,36 @@ def package_environment() -> dict[str, str]:
     """Variables with which any child finds this package, installed or not."""
     root = str(Path(__file__).resolve().parent.parent)
     return {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))}
+
+
+async def wait_for_ray(address: str, timeout_s: float) -> None:
+    """Wait until a Ray that is not ours answers at host:port; RayError if it does not in time."""
+    host, _, port = address.rpartition(":")
+    reason = "nothing was tried"
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            while True:
+                try:
+                    async with asyncio.timeout(ASK_TIMEOUT_S):
+                        _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+                except (OSError, TimeoutError) as error:
+                    reason = str(error) or f"no answer in {ASK_TIMEOUT_S:g} s"
+                else:
+                    writer.close()
+                    return
+                await asyncio.sleep(ASK_EVERY_S)
+    raise RayError(f"no Ray head answers at {address} after {timeout_s:g} s ({reason}): start it, or mend ray.address")
+
+
+def address_towards(address: str | None) -> str:
+    """This machine's address on the way to a Ray head at host:port; loopback where there is none."""
+    if address is None:
+        return "127.0.0.1"
+    host, _, port = address.rpartition(":")
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(target)  # sends nothing
+            return str(probe.getsockname()[0])
+    except OSError:
+        return "127.0.0.1"

@@ -6,10 +6,14 @@
   state.json           what runs: pids with start times, addresses; written by the supervisor alone
   config.json          the configuration that runs
   secrets/             0600 each: cluster, valkey, ray
+  processes/           our processes on this node
   valkey/              the registry's data
   ray/                 Ray's session: its logs
   logs/                our logs
 ```
+
+On a node of a Ray that spans machines it is made by the first process of ours that comes there, with logs and
+sockets only; secrets that are mounted ($PDSERVE_SECRETS_DIR, a file each) go before those of its own.
 
 Unix sockets live in a short directory of their own under /tmp, because a socket's path has a limit of
 107 bytes and a run directory's has not. States of a run: STARTING -> READY -> STOPPING -> (no state);
@@ -32,6 +36,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+RUN_DIR_VARIABLE = "PDSERVE_RUN_DIR"
+NODE_DIR_VARIABLE = "PDSERVE_NODE_DIR"
+SECRETS_VARIABLE = "PDSERVE_SECRETS_DIR"
 SECRET_BYTES = 32
 MAX_SOCKET_PATH = 107
 
@@ -46,6 +53,10 @@ class Phase(enum.Enum):
 
 class AlreadyRunningError(RuntimeError):
     """Another supervisor holds the run directory."""
+
+
+class NoSecretError(RuntimeError):
+    """A process has not been given the cluster's secret; one that it made itself would fit nobody else's."""
 
 
 @dataclass(frozen=True)
@@ -153,11 +164,16 @@ class RunDir:
     @classmethod
     def default(cls) -> RunDir:
         """$PDSERVE_RUN_DIR, or `pdserve/default` in the user's state directory."""
-        named = os.environ.get("PDSERVE_RUN_DIR")
+        named = os.environ.get(RUN_DIR_VARIABLE)
         if named:
             return cls(Path(named).expanduser().absolute())
         base = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
         return cls(Path(base).expanduser().absolute() / "pdserve" / "default")
+
+    @classmethod
+    def of_node(cls, path: str) -> RunDir:
+        """That of a process which Ray has placed on this machine: $PDSERVE_NODE_DIR, or `path`, that of `up`."""
+        return cls(Path(os.environ.get(NODE_DIR_VARIABLE) or path).expanduser().absolute())
 
     @property
     def state_file(self) -> Path:
@@ -174,11 +190,16 @@ class RunDir:
         """Directory of our logs."""
         return self.path / "logs"
 
+    @property
+    def processes(self) -> Path:
+        """Directory of what our processes on this node say of themselves."""
+        return self.path / "processes"
+
     def create(self) -> None:
         """Make the directory; PermissionError if it exists and is open to others."""
         self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         _require_private(self.path)
-        for path in (self.path / "secrets", self.path / "valkey", self.logs):
+        for path in (self.path / "secrets", self.path / "valkey", self.processes, self.logs):
             path.mkdir(exist_ok=True, mode=0o700)
 
     @property
@@ -206,16 +227,37 @@ class RunDir:
         self.state_file.unlink(missing_ok=True)
 
     def secret(self, name: str) -> str:
-        """The secret of that name, hexadecimal; made on first use."""
-        path = self.path / "secrets" / name
-        if not path.exists():
-            write_private(path, secrets.token_hex(SECRET_BYTES))
-        return path.read_text()
+        """The secret of that name; one that nobody has given is made on first use."""
+        try:
+            return self.given_secret(name)
+        except NoSecretError:
+            write_private(self.path / "secrets" / name, secrets.token_hex(SECRET_BYTES))
+        return self.given_secret(name)
+
+    def given_secret(self, name: str) -> str:
+        """The secret of that name: the mounted one, else this directory's; NoSecretError if there is neither."""
+        path = self._file_of_secret(name)
+        try:
+            text = path.read_text().strip()
+        except FileNotFoundError as error:
+            raise NoSecretError(
+                f"there is no secret {name!r} on this node (looked for {path}): mount the directory of the cluster's "
+                f"secrets on every node, and name it in ${SECRETS_VARIABLE}"
+            ) from error
+        if not text:
+            raise NoSecretError(f"the secret {path} is empty: write the cluster's secret into it")
+        return text
+
+    def _file_of_secret(self, name: str) -> Path:
+        mounted = os.environ.get(SECRETS_VARIABLE)
+        if mounted and (Path(mounted) / name).exists():
+            return Path(mounted) / name
+        return self.path / "secrets" / name
 
     def secret_path(self, name: str) -> Path:
         """The file that holds a secret."""
         self.secret(name)
-        return self.path / "secrets" / name
+        return self._file_of_secret(name)
 
     def read_state(self) -> RunState | None:
         """What the supervisor last wrote; None if there is nothing (readable)."""

@@ -8,7 +8,8 @@ config.json. It holds no Ray driver and no request: while it is down, everything
        |                      +-+ Valkey, gcs_server or raylet died: started again
        +--something did not start, or a signal--> STOPPING --> exit 1
 
-A second signal while STOPPING skips what is left of the drain.
+A second signal while STOPPING skips what is left of the drain. With --keep, which is for a Ray that is not ours,
+SIGTERM ends the supervisor alone: workers and routers go on, and the next `up` finds them. SIGINT still ends all.
 """
 
 from __future__ import annotations
@@ -32,11 +33,19 @@ from redis.exceptions import RedisError
 
 from cluster import logs, metrics, model_load
 from cluster.children import Child, Children, describe_exit, die_with_parent, end
-from cluster.config import ClusterConfig, from_plain
+from cluster.config import NODE_HOST, ClusterConfig, from_plain
 from cluster.orders import DeployOrder, OrderError, carry_out
 from cluster.placement import logical_cpus
 from cluster.progress import Progress
-from cluster.ray_node import RayError, RayNode, RayWish, package_environment, ray_environment
+from cluster.ray_node import (
+    RayError,
+    RayNode,
+    RayWish,
+    address_towards,
+    package_environment,
+    ray_environment,
+    wait_for_ray,
+)
 from cluster.run_dir import AlreadyRunningError, Phase, ProcessRef, RunDir, RunState, session_members
 from cluster.valkey import Valkey, ValkeyError, free_port
 
@@ -56,7 +65,14 @@ class Supervisor:
     """One cluster's life on this machine."""
 
     def __init__(
-        self, run_dir: RunDir, config: ClusterConfig, progress: Progress, children: Children, actors: str
+        self,
+        run_dir: RunDir,
+        config: ClusterConfig,
+        progress: Progress,
+        children: Children,
+        actors: str,
+        *,
+        keep: bool = False,
     ) -> None:
         self._run_dir = run_dir
         self._config = config
@@ -68,6 +84,7 @@ class Supervisor:
         self._over = asyncio.Event()
         self._watches: dict[str, asyncio.Task[None]] = {}
         self._deployed = False
+        self._keep = keep and config.ray.address is not None
         self._valkey: Valkey | None = None
         self._ray: RayNode | None = None
         self._redis_url = config.redis.url or ""
@@ -84,7 +101,7 @@ class Supervisor:
         """Start, watch, stop; returns the exit code."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._asked_to_stop)
+            loop.add_signal_handler(number, self._asked_to_stop, number)
         page = self._serve_metrics()
         self._save()
         try:
@@ -103,11 +120,16 @@ class Supervisor:
             counters=("restarts",),
             key_labels={"restarts": "process"},
         )
-        page = metrics.serve([collector], host=self._config.observability.metrics_host)
+        page = metrics.serve([collector], host=self._metrics_host())
         self._state.metrics_address = page.address
         return page
 
-    def _asked_to_stop(self) -> None:
+    def _metrics_host(self) -> str:
+        host = self._config.observability.metrics_host
+        return address_towards(self._config.ray.address) if host == NODE_HOST else host
+
+    def _asked_to_stop(self, number: int) -> None:
+        self._keep = self._keep and number == signal.SIGTERM
         (self._hurry if self._stop.is_set() else self._stop).set()
 
     async def _start_unless_stopped(self) -> bool:
@@ -163,6 +185,7 @@ class Supervisor:
     async def _start_ray(self) -> None:
         if self._config.ray.address is not None:
             self._state.ray_address, self._state.ray_is_ours = self._config.ray.address, False
+            await wait_for_ray(self._config.ray.address, self._config.start_timeout_s)
             return  # how to speak to it, such as its token, is in the environment of `up`
         self._env |= ray_environment(self._run_dir, self._state.run_id)
         wish = RayWish(
@@ -259,7 +282,7 @@ class Supervisor:
         self._state.phase = Phase.STOPPING
         self._save()
         log.info("stopping")
-        if self._deployed:
+        if self._deployed and not self._keep:
             await self._end_deployment()
         self._over.set()
         for task in self._watches.values():
@@ -317,7 +340,7 @@ async def sweep(leader: ProcessRef, children: Children, keep: Set[int] = frozens
         await asyncio.gather(*(end(child, grace_s=SWEEP_GRACE_S) for child in left))
 
 
-async def supervise(run_dir: RunDir, progress: Progress, actors: str) -> int:
+async def supervise(run_dir: RunDir, progress: Progress, actors: str, *, keep: bool = False) -> int:
     """Run one cluster from a run directory; AlreadyRunningError if one runs from it."""
     with run_dir.hold():
         config = from_plain(json.loads(run_dir.config_file.read_text()))
@@ -326,7 +349,7 @@ async def supervise(run_dir: RunDir, progress: Progress, actors: str) -> int:
         if (old := run_dir.read_state()) is not None:
             await sweep(old.supervisor, children)
             run_dir.clear(old)
-        return await Supervisor(run_dir, config, progress, children, actors).run()
+        return await Supervisor(run_dir, config, progress, children, actors, keep=keep).run()
 
 
 def main() -> int:
@@ -336,6 +359,7 @@ def main() -> int:
     parser.add_argument("--progress-fd", type=int)
     parser.add_argument("--parent", type=int, help="end when this process, which must be the parent, ends")
     parser.add_argument("--actors", default="cluster.actors")
+    parser.add_argument("--keep", action="store_true", help="SIGTERM leaves workers and routers running")
     given = parser.parse_args()
     if given.parent is not None:
         die_with_parent(given.parent)
@@ -349,7 +373,7 @@ def main() -> int:
         secrets=[run_dir.secret(name) for name in SECRETS],
     )
     try:
-        return asyncio.run(supervise(run_dir, progress, given.actors))
+        return asyncio.run(supervise(run_dir, progress, given.actors, keep=given.keep))
     except (AlreadyRunningError, PermissionError) as error:
         progress.failed(str(error))
         return 1

@@ -23,7 +23,8 @@ class TransferConfig:
     """What carries the bytes: nccl or gloo (a two-rank process group), loopback (a plain socket, for tests); auto:
     nccl between GPUs, gloo where KV lies in a CPU's memory or both workers share one GPU, where NCCL refuses."""
     host: str = "127.0.0.1"
-    """Address of the interface that the control listener and the data channels bind to; peers dial it."""
+    """Address of the interface that the control listener and the data channels bind to; peers dial it. `node`: the
+    address by which Ray knows the machine."""
     digest: DigestPolicy = "auto"
     """Which pieces carry a digest that the receiver checks. all: no wrong KV is ever used; sampled: a bad link is
     found, one wrong piece may not be; auto: all on a CPU, sampled on a GPU."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -36,9 +37,15 @@ class RouterConfig:
     """The front door: where it listens, whom it lets in, and how long it waits for whom."""
 
     host: str = "127.0.0.1"
-    """Interface to listen on."""
+    """Interface to listen on; `node`: the address by which Ray knows its machine."""
     port: int = 50051
     """TCP port for clients; 0: any free one. Of several routers each has the next one."""
+    same_port: bool = False
+    """Whether all routers listen on `port` (and serve metrics on metrics_port), each on a machine of its own: with
+    ray.address, and resources of which each of those machines has enough for one router."""
+    resources: dict[str, float] = field(default_factory=dict)
+    """Ray resources that each router reserves, such as one of your own that only some nodes have:
+    {"router_node": 1}."""
     replicas: int = 1
     """Routers, each a process of its own; any of them serves any client, and goes on with another one's resumable
     requests."""
@@ -107,6 +114,9 @@ class RouterConfig:
             raise ValueError(f"replicas must be between 1 and 64, got {self.replicas}")
         if self.port + self.replicas - 1 > 65535:
             raise ValueError(f"port must leave room for {self.replicas} routers below 65536, got {self.port}")
+        for name, amount in self.resources.items():
+            if not (math.isfinite(amount) and amount >= 0):
+                raise ValueError(f"resources.{name} must be at least 0, got {amount}")
         if self.policy not in get_args(PolicyName):
             raise ValueError(f"policy must be one of {', '.join(get_args(PolicyName))}, got {self.policy!r}")
         if (self.tls_cert is None) != (self.tls_key is None):

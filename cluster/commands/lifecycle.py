@@ -40,15 +40,25 @@ Examples:
     "-f", "--config", "file", type=_FILE, help="The cluster's YAML. Default: ./pdserve.yaml, else the demo's."
 )
 @click.option("--foreground/--detach", default=False, help="Stay until Ctrl-C, or return once it is ready (default).")
+@click.option(
+    "--keep",
+    is_flag=True,
+    help="With --foreground and ray.address: SIGTERM ends this command alone; workers and routers go on, and the next "
+    "`up` finds them. For pods; Ctrl-C and `pdserve down` still end everything.",
+)
 @click.option("--hints/--no-hints", default=True, hidden=True)
 @click.option("--actors", default="cluster.actors", hidden=True)
-def up(file: Path | None, foreground: bool, hints: bool, actors: str) -> None:
+def up(file: Path | None, foreground: bool, keep: bool, hints: bool, actors: str) -> None:
     """Start the cluster that a YAML describes."""
     run_dir = RunDir.default()
     config = _load(file or launch.default_config_file())
     try:
+        if keep and (not foreground or config.ray.address is None):
+            raise click.UsageError("--keep needs --foreground, and a ray.address in the YAML: a Ray that outlives this")
         config = launch.check(config, run_dir)
-        launched = launch.start(config, run_dir, actors=actors, attached=foreground)
+        launched = launch.start(config, run_dir, actors=actors, attached=foreground, keep=keep)
+        if foreground:
+            signal.signal(signal.SIGTERM, lambda number, _frame: launched.process.send_signal(number))
     except (launch.LaunchError, PermissionError) as error:
         raise click.ClickException(str(error)) from error
     try:

@@ -42,9 +42,8 @@ class EngineActor:
 
 
 class FrontActor:
-    def __init__(self, spec: WorkerSpec, engine_socket: str) -> None:
+    def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
-        self._socket = engine_socket
         self._role = spec.role
 
     def ready(self) -> dict[str, Any]:
