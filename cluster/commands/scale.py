@@ -37,28 +37,23 @@ its place; the next one follows when that one is ready. Requests go on.
 """
 
 
-class _Size(click.ParamType):
-    name = "pool=n"
-
-    def convert(
-        self, value: str | tuple[str, int], param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, int]:
-        if isinstance(value, tuple):
-            return value
-        pool, sign, number = value.partition("=")
-        if pool not in POOLS or not sign or not number.isascii() or not number.isdigit():
-            self.fail(f"{value!r} must be prefill=N or decode=N, with a whole number of workers", param, ctx)
-        return pool, int(number)
+def _sizes(_context: click.Context, _parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, int]:
+    asked: dict[str, int] = {}
+    for text in texts:
+        pool, _, number = text.partition("=")
+        if pool not in POOLS or not (number.isascii() and number.isdigit()):
+            raise click.BadParameter(f"{text!r} must be prefill=N or decode=N, with a whole number of workers")
+        if pool in asked:
+            raise click.BadParameter(f"{pool} is named twice")
+        asked[pool] = int(number)
+    return asked
 
 
 @click.command(epilog=_SCALE_EPILOG)
-@click.argument("sizes", nargs=-1, required=True, type=_Size(), metavar="POOL=N...")
+@click.argument("asked", nargs=-1, required=True, callback=_sizes, metavar="POOL=N...")
 @wish_options
-def scale(sizes: tuple[tuple[str, int], ...], waits: bool, timeout_s: float | None, as_json: bool) -> None:
+def scale(asked: dict[str, int], waits: bool, timeout_s: float | None, as_json: bool) -> None:
     """Set how many workers a pool has."""
-    asked = dict(sizes)
-    if len(asked) < len(sizes):
-        raise click.UsageError("a pool is named twice")
 
     def decide(wish: Wish) -> Proposal | None:
         running = {pool: wish.sizes[pool] for pool in pools_of(wish.config) if pool in wish.sizes}
