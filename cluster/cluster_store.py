@@ -30,7 +30,7 @@ from cluster.members import Member
 PREFIX = "pdserve:cluster"
 MAX_HISTORY = 1000
 
-By = Literal["up", "apply", "scale", "autoscaler", "controller"]
+By = Literal["up", "apply", "scale", "restart", "autoscaler", "controller"]
 
 # KEYS: wish, history. ARGV: expected generation, config (or empty: as it is), sizes, turns (alike), by, entry, most
 # entries, channel. Returns the new generation, or -1 if another one stands.
@@ -79,7 +79,7 @@ class Decision:
     at: float
     """Unix time."""
     by: str
-    """up, apply, scale, autoscaler or controller."""
+    """up, apply, scale, restart, autoscaler or controller."""
     what: str
     """What was decided or done, such as `decode 2 -> 3`."""
     reason: str = ""

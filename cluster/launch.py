@@ -25,6 +25,7 @@ import redis
 
 from cluster.children import send_signal
 from cluster.config import NODE_HOST, ClusterConfig, public_url, to_plain
+from cluster.connect import current_config
 from cluster.placement import port_of, router_ids
 from cluster.ray_node import package_environment
 from cluster.run_dir import AlreadyRunningError, ProcessRef, RunDir, session_members, write_private
@@ -53,7 +54,7 @@ class Launched:
 
 
 def check(config: ClusterConfig, run_dir: RunDir) -> ClusterConfig:
-    """The configuration with its paths made absolute and its router's port fixed, for restarts to keep.
+    """The configuration settled: its paths made absolute and its router's port fixed, for restarts to keep.
 
     LaunchError if it cannot run here and now.
     """
@@ -63,11 +64,7 @@ def check(config: ClusterConfig, run_dir: RunDir) -> ClusterConfig:
             f"a cluster is {running.phase.value} already (supervisor {running.supervisor.pid}, from {run_dir.path}): "
             "stop it with `pdserve down`, or set PDSERVE_RUN_DIR to run another one beside it"
         )
-    try:
-        source = resolve(config.model.path, config.model.load_format)
-        ModelConfig.load(source)
-    except ModelError as error:
-        raise LaunchError(str(error)) from error
+    config = _absolute_paths(_absolute_model(config))
     router, observability = config.router, config.observability
     ports = [
         *(("router.port", router.host, port_of(router.port, name)) for name in router_ids(config)),
@@ -83,10 +80,30 @@ def check(config: ClusterConfig, run_dir: RunDir) -> ClusterConfig:
             _check_port(name, host, port)
     if config.redis.url:
         _check_redis(config.redis.url)
+    return _with_port(config, free_port(config.router.replicas)) if config.router.port == 0 else config
+
+
+def settle(config: ClusterConfig, running: dict[str, Any]) -> ClusterConfig:
+    """The configuration as `check` would settle it beside the one that runs, so that the two can be compared.
+
+    LaunchError if a file that it names cannot be used.
+    """
+    if config.model.path != running["model"]["path"]:
+        config = _absolute_model(config)
     config = _absolute_paths(config)
-    if config.router.port == 0:
-        port = free_port(config.router.replicas)
-        config = dataclasses.replace(config, router=dataclasses.replace(config.router, port=port))
+    return _with_port(config, running["router"]["port"]) if config.router.port == 0 else config
+
+
+def _with_port(config: ClusterConfig, port: int) -> ClusterConfig:
+    return dataclasses.replace(config, router=dataclasses.replace(config.router, port=port))
+
+
+def _absolute_model(config: ClusterConfig) -> ClusterConfig:
+    try:
+        source = resolve(config.model.path, config.model.load_format)
+        ModelConfig.load(source)
+    except ModelError as error:
+        raise LaunchError(str(error)) from error
     if config.model.path == DEMO_NAME:
         return config
     return dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(source.path.resolve())))
@@ -237,8 +254,8 @@ def default_config_file() -> Path:
 
 
 def drain_bound(run_dir: RunDir) -> float:
-    """How long the cluster that runs may drain, by its own YAML, in seconds."""
+    """How long the cluster that runs may drain, by the YAML that was last applied, in seconds."""
     try:
-        return float(json.loads(run_dir.config_file.read_text())["drain_s"])
+        return float(current_config(run_dir)["drain_s"])
     except (OSError, ValueError, KeyError):
         return 0.0

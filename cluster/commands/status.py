@@ -3,75 +3,80 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import asdict
 
 import click
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
 
-from cluster.health import Health, Member, Report, gather
-from cluster.pairs import Pair
+from cluster.commands.status_text import lines_of
+from cluster.health import Health, Report, gather
 from cluster.run_dir import RunDir
 
-_ROW = "{:<12} {:<8} {:>5}  {:<21} {:>13} {:>7} {:>7}  {}"
-_PAIR = "{:<14} {:<20} {:<10} {:<10} {:>10} {:>7}  {}"
+_DEFAULT_PAUSE_S = 2.0
 _EPILOG = """\b
 Examples:
   pdserve status
   pdserve status --json
+  pdserve status --watch       shown anew every 2 s, until Ctrl-C
+  pdserve status --watch 0.5
 
-Exit code: 0 all is ready, 1 something is not, 3 nothing runs.
+\b
+State of a member:
+  ready                        it serves
+  placing, starting            a new one that waits for a node, or starts
+  draining, stopping           an old one that ends its requests, or ends
+  starting, missing, silent    it should be ready: its engine starts again, it
+                               is not in the registry, it does not answer
+
+\b
+Exit code: 0 all is ready, 1 something is not, 3 nothing runs. A cluster that
+scales is ready as long as nothing that should be ready is not.
 """
 
 
 @click.command(epilog=_EPILOG)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def status(as_json: bool) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch one object a line.")
+@click.option(
+    "--watch",
+    "pause_s",
+    is_flag=False,
+    flag_value=_DEFAULT_PAUSE_S,
+    type=click.FloatRange(min=0.1),
+    metavar="[SECONDS]",
+    help="Show it anew again and again, until Ctrl-C.",
+)
+def status(as_json: bool, pause_s: float | None) -> None:
     """Show what runs, and how it is."""
-    report = gather(RunDir.default())
-    if as_json:
-        click.echo(json.dumps({**asdict(report), "health": report.health.name.lower()}, indent=2))
-    else:
-        _show(report)
+    run_dir = RunDir.default()
+    if pause_s is not None:
+        _watch(run_dir, pause_s, as_json=as_json)
+        return
+    report = gather(run_dir)
+    click.echo(as_json_text(report, indent=2) if as_json else "\n".join(lines_of(report)))
     if report.health is not Health.READY:
         raise click.exceptions.Exit(report.health.value)
 
 
-def _show(report: Report) -> None:
-    if report.health is Health.NOT_RUNNING:
-        click.echo(f"No cluster is running (run directory {report.run_dir}). Start one with `pdserve up`.")
+def as_json_text(report: Report, indent: int | None = None) -> str:
+    """The report for programs."""
+    return json.dumps({**asdict(report), "health": report.health.name.lower()}, indent=indent)
+
+
+def _watch(run_dir: RunDir, pause_s: float, *, as_json: bool) -> None:
+    never = threading.Event()
+    console = Console()
+    try:
+        if as_json or not console.is_terminal:
+            while True:
+                report = gather(run_dir)
+                click.echo(as_json_text(report) if as_json else "\n".join([*lines_of(report), ""]))
+                never.wait(pause_s)
+        with Live(console=console, auto_refresh=False) as live:
+            while True:
+                live.update(Text("\n".join(lines_of(gather(run_dir))), no_wrap=True, overflow="ellipsis"), refresh=True)
+                never.wait(pause_s)
+    except KeyboardInterrupt:
         return
-    click.echo(f"{report.health.name.lower()} ({report.phase}), mode {report.mode}, run directory {report.run_dir}")
-    for name, value in (("supervisor", report.supervisor), ("valkey", report.valkey), ("ray", report.ray)):
-        again = report.restarts.get("gcs_server" if name == "ray" else name, 0)
-        click.echo(f"  {name:<12} {value}{f', restarted {again} times' if again else ''}")
-    click.echo(
-        "\n  " + _ROW.format("member", "state", "epoch", "address", "free/blocks", "running", "waiting", "metrics")
-    )
-    for member in report.members:
-        click.echo(f"  {_row(member)}{'  paced' if member.paced else ''}")
-    if any(member.paced for member in report.members):
-        click.echo("\n  Paced workers take the time of other hardware: a rehearsal, not a measurement.")
-    pairs = [pair for member in report.members for pair in member.pairs]
-    if pairs:
-        click.echo("\n  " + _PAIR.format("from", "to", "transport", "state", "latency ms", "GB/s", "").rstrip())
-    for pair in pairs:
-        click.echo(f"  {_pair_row(pair)}".rstrip())
-
-
-def _row(member: Member) -> str:
-    numbers = member.numbers
-    blocks = f"{_number(numbers, 'free_blocks')}/{_number(numbers, 'num_blocks')}" if "num_blocks" in numbers else "-"
-    running, waiting = _number(numbers, "num_running"), _number(numbers, "num_waiting")
-    epoch = str(member.epoch) if member.epoch else "-"
-    address, metrics = member.address or "-", member.metrics_address or "-"
-    return _ROW.format(member.member_id, member.state, epoch, address, blocks, running, waiting, metrics)
-
-
-def _pair_row(pair: Pair) -> str:
-    is_measured = pair.state == "ready"
-    latency, rate = (f"{pair.latency_s * 1e3:.2f}", f"{pair.bytes_per_s / 1e9:.3g}") if is_measured else ("-", "-")
-    slow = "slow" if pair.is_slow else ""
-    return _PAIR.format(pair.sender, pair.receiver, pair.transport or "-", pair.state, latency, rate, slow)
-
-
-def _number(numbers: dict[str, float], name: str) -> str:
-    return f"{numbers[name]:.0f}" if name in numbers else "-"
