@@ -64,6 +64,14 @@ WORKER_COUNTERS = (
 )
 ROUTER_COUNTERS = (
     "outcomes",
+    "accepted",
+    "accepted_prompt_tokens",
+    "sent_tokens",
+    "routed_prompts",
+    "routed_prompt_tokens",
+    "routed_missing_tokens",
+    "routed_missing_squares",
+    "spilled_prompt_tokens",
     "prompt_tokens",
     "cached_prompt_tokens",
     "local_prompt_tokens",
@@ -335,6 +343,10 @@ class RouterActor:
     def status(self) -> dict[str, Any]:
         """Workers as this router sees them, requests in flight."""
         return {**self._names(), **self._running().status(), "pid": os.getpid()}
+
+    def load(self) -> dict[str, Any]:
+        """Its counters, histograms and gauges as plain data: see RouterStats."""
+        return asdict(self._running().stats())
 
     def _running(self) -> RouterApp:
         assert self._app is not None, "set by the constructor"

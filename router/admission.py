@@ -75,6 +75,10 @@ class Line:
     def __len__(self) -> int:
         return len(self._queue)
 
+    def num_tokens(self) -> int:
+        """Of all that wait: of their prompts, and of the answers that are expected."""
+        return self._queue.num_tokens()
+
     def claim(self, *, priority: int, tenant: str, num_prompt_tokens: int, max_tokens: int, deadline: float) -> Claim:
         """The standing of a request that has just arrived."""
         serving = self._usual.serving

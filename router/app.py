@@ -158,10 +158,17 @@ class RouterApp:
     def stats(self) -> RouterStats:
         """A copy of the counters, with the gauges of this moment."""
         stats = copy.deepcopy(self._desk.stats)
-        stats.local_prompt_tokens = self._dispatcher.local_prompt_tokens
+        routed = self._dispatcher.routed
+        stats.routed_prompts = routed.prompts
+        stats.routed_prompt_tokens = routed.prompt_tokens
+        stats.routed_missing_tokens = routed.missing_tokens
+        stats.routed_missing_squares = routed.missing_squares
+        stats.local_prompt_tokens = routed.local_tokens
+        stats.spilled_prompt_tokens = routed.spilled_tokens
         stats.given_back = self._dispatcher.num_given_back
         stats.in_flight = len(self._desk.running)
         stats.queued = len(self._line)
+        stats.queued_tokens = self._line.num_tokens()
         stats.refused = dict(self._line.refused)
         stats.workers = dict(Counter(info.state.value for info in self._fleet.workers()))
         return stats

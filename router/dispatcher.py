@@ -23,6 +23,7 @@ from router.info import WorkerInfo, WorkerLife, WorkerState
 from router.job import Adoption, Ending, Job
 from router.policies import Demand, Route
 from router.scope import Scope
+from router.stats import Routed
 from router.timeline import Moment
 
 logger = logging.getLogger(__name__)
@@ -40,9 +41,7 @@ class Dispatcher:
         self._router_id = router_id
         self._split = split
         self._chooser = Chooser(fleet, config, split=split)
-        self.local_prompt_tokens = 0
-        """Sent to decode workers to compute, although there are prefill workers."""
-
+        self.routed = Routed()
         self.num_given_back = 0
         """Attempts that ended because a decode worker needed the blocks for others."""
 
@@ -125,7 +124,12 @@ class Dispatcher:
         place.admitted()
         if job.on_reserved is not None:
             job.on_reserved(route.decode, attempt.number)
-        self.local_prompt_tokens += route.local_tokens
+        self.routed.count(
+            prompt_tokens=attempt.num_tokens,
+            missing=route.missing_tokens,
+            is_local=route.local_tokens > 0,
+            spills=route.spills,
+        )
         ending = await attempt.follow(emit)
         times = job.timeline
         first_token_s = times.between(Moment.RESERVED, Moment.FIRST_SENT)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from router.info import WorkerInfo
 from router.reckoning import Reckoning
@@ -44,6 +45,15 @@ class LocalPrefillConfig:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
 
+class LocalChoice(NamedTuple):
+    """The decode worker that should compute a prompt itself."""
+
+    worker: WorkerInfo
+    why: str
+    spills: bool = False
+    """Whether only because the prefill workers have too much to do."""
+
+
 class LocalShare:
     """Where a router's prompts were computed, as of late. `now` is on any clock that only grows."""
 
@@ -72,7 +82,7 @@ class LocalShare:
 
 def why_local(
     decoders: Sequence[WorkerInfo], prefiller: WorkerInfo, reckon: Reckoning, config: LocalPrefillConfig
-) -> tuple[WorkerInfo, str] | None:
+) -> LocalChoice | None:
     """The decode worker that should compute the prompt itself, and why; None: the prefill worker does."""
     free = [info for info in decoders if reckon.load(info) < config.max_load]
     if not free:
@@ -80,11 +90,12 @@ def why_local(
     best = min(free, key=reckon.local_s)
     missing, wait_s = reckon.missing(best), reckon.wait_s(prefiller)
     if missing <= config.short_tokens:
-        return best, f"{missing} tokens are missing there"
+        return LocalChoice(best, f"{missing} tokens are missing there")
     if reckon.local_s(best) >= reckon.split_s(prefiller):
         return None
     if missing < reckon.missing(prefiller):
-        return best, f"{missing} tokens are missing there, {reckon.missing(prefiller)} at {prefiller.label}"
+        why = f"{missing} tokens are missing there, {reckon.missing(prefiller)} at {prefiller.label}"
+        return LocalChoice(best, why)
     if wait_s > config.when_waiting_s:
-        return best, f"{wait_s:.2f} s to wait at {prefiller.label}"
+        return LocalChoice(best, f"{wait_s:.2f} s to wait at {prefiller.label}", spills=True)
     return None

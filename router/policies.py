@@ -48,6 +48,10 @@ class Route:
     reason: str
     local_tokens: int = 0
     """Tokens of the prompt that the decode worker computes although there is a prefill worker."""
+    missing_tokens: int = 0
+    """Tokens of the prompt that the worker that computes it does not hold."""
+    spills: bool = False
+    """Whether it is computed there only because the prefill workers have too much to do."""
 
     @property
     def local_prefill(self) -> bool:
@@ -82,20 +86,25 @@ def choose(
     if alone or not split:
         decoders = ranked(decoders, reckon.both_s if is_aware else decode_load, policy, turn)
         why = "there is no worker of the other role" if alone else "colocated"
-        return Route(decoders[0], None, f"{policy}: {why}") if decoders else None
+        if not decoders:
+            return None
+        return Route(decoders[0], None, f"{policy}: {why}", missing_tokens=reckon.missing(decoders[0]))
     decoders = ranked(decoders, reckon.decode_s if is_aware else decode_load, policy, turn)
     prefillers = ranked(prefillers, reckon.prefill_s if is_aware else prefill_load, policy, turn)
     for decoder in decoders:
         for prefiller in prefillers:
             if prefiller is decoder:
                 if len(prefillers) == 1:
-                    return Route(decoder, None, f"{policy}: one worker has both roles")
+                    missing = reckon.missing(decoder)
+                    return Route(decoder, None, f"{policy}: one worker has both roles", missing_tokens=missing)
             elif same_layout(prefiller, decoder):
                 soonest = min(prefillers, key=reckon.prefill_s)
                 found = why_local(decoders, soonest, reckon, local) if local and demand.may_prefill_locally else None
-                if found is not None and allows(demand.num_tokens, reckon.missing(found[0])):
-                    return Route(found[0], None, f"prefilled where it is decoded: {found[1]}", reckon.missing(found[0]))
-                return Route(decoder, prefiller, f"{policy}: split{_hits(reckon, prefiller, decoder)}")
+                if found is not None and allows(demand.num_tokens, missing := reckon.missing(found.worker)):
+                    why = f"prefilled where it is decoded: {found.why}"
+                    return Route(found.worker, None, why, missing, missing, found.spills)
+                why = f"{policy}: split{_hits(reckon, prefiller, decoder)}"
+                return Route(decoder, prefiller, why, missing_tokens=reckon.missing(prefiller))
     return None
 
 

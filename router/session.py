@@ -221,6 +221,8 @@ class Session:
         )
         await self._write(inference_pb2.GenerateEvent(accepted=accepted))
         self._job = job
+        desk.stats.accepted += 1
+        desk.stats.accepted_prompt_tokens += len(ids)
         # 3. Serve.
         ending = await desk.dispatcher.run(job, self._emit, self.scope)
         self.scope.seal()
@@ -233,14 +235,17 @@ class Session:
 
     async def _emit(self, chunk: Chunk) -> Ending | None:
         assert self._output is not None
-        since_s = self._timeline.tokens(chunk.offset, len(chunk.token_ids))
+        num_tokens, stats = len(chunk.token_ids), self._desk.stats
+        since_s = self._timeline.tokens(chunk.offset, num_tokens)
+        stats.sent_tokens += num_tokens
         if chunk.offset:
-            self._desk.stats.itl_s.observe(since_s)
+            stats.itl_s.observe(since_s)
         message, ending = self._output.push(chunk)
         with self.scope.writing():
             await self._context.write(inference_pb2.GenerateEvent(tokens=message))
         if not chunk.offset:
             self._timeline.mark(Moment.FIRST_SENT)
+            stats.ttft_s.observe(self._timeline.between(Moment.ARRIVED, Moment.FIRST_SENT))
         return ending
 
     async def _write(self, event: inference_pb2.GenerateEvent) -> None:
@@ -284,7 +289,6 @@ class Session:
         stats.generated_tokens += output.num_tokens
         stats.failed_attempts += job.attempts.num_failed
         stats.queue_s.observe(timeline.between(Moment.ARRIVED, Moment.RESERVED))
-        stats.ttft_s.observe(timeline.between(Moment.ARRIVED, Moment.FIRST_SENT))
         stats.total_s.observe(timeline.between(Moment.ARRIVED, Moment.ENDED))
         stats.transfer_s.observe(timeline.transfer_s())
         logger.info(

@@ -1,0 +1,99 @@
+"""Where a load is going, and how many servers keep its waits short. Pure arithmetic over what was seen."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+
+Points = Sequence[tuple[float, float]]
+"""Time in seconds, value; oldest first."""
+
+RECENT_S = 15.0
+"""What lies no further back is taken as the present."""
+NUM_BINS = 12
+"""Of so many means a trend is made."""
+CLEAR = 0.75
+"""Share of the pairs of means that must agree on a trend's direction."""
+MAX_RISE = 1.0
+"""A load is never expected to rise by more than this share of itself, however far ahead."""
+MOST_SERVERS = 2000
+"""No more are ever reckoned with."""
+
+
+def recent(points: Points) -> float:
+    """Mean of what lies within RECENT_S of the last point; 0 if there is none."""
+    if not points:
+        return 0.0
+    since = points[-1][0] - RECENT_S
+    values = [value for at, value in reversed(points) if at > since]
+    return sum(values) / len(values)
+
+
+def peak(points: Points, span_s: float) -> float:
+    """The greatest mean over RECENT_S that lies within the last `span_s`."""
+    if not points:
+        return 0.0
+    since, most, total, first = points[-1][0] - span_s, 0.0, 0.0, 0
+    for index, (at, value) in enumerate(points):
+        total += value
+        while points[first][0] <= at - RECENT_S:
+            total -= points[first][1]
+            first += 1
+        is_whole = first > 0 or index == len(points) - 1
+        if at >= since and is_whole:
+            most = max(most, total / (index + 1 - first))
+    return most
+
+
+def slope(points: Points) -> float:
+    """Rise in a second, 0 where it is not clear: the median over pairs of means (Theil 1950, Sen 1968)."""
+    if len(points) < NUM_BINS // 2:
+        return 0.0
+    per_bin = max(1, len(points) // NUM_BINS)
+    bins = [points[start : start + per_bin] for start in range(len(points) % per_bin, len(points), per_bin)]
+    means = [(sum(at for at, _ in each) / len(each), sum(value for _, value in each) / len(each)) for each in bins]
+    slopes = [(b - a) / (t - s) for (s, a), (t, b) in itertools.combinations(means, 2) if t > s]
+    if not slopes:
+        return 0.0
+    agree = max(sum(each > 0 for each in slopes), sum(each < 0 for each in slopes)) / len(slopes)
+    return statistics.median(slopes) if agree >= CLEAR else 0.0
+
+
+def ahead(level: float, rise_per_s: float, horizon_s: float) -> float:
+    """What a load may have risen to by then; never less than it is."""
+    return level + min(max(0.0, rise_per_s * horizon_s), MAX_RISE * level)
+
+
+def servers_for(work: float, service_s: float, spread: float, wait_s: float, late: float = 0.01) -> int:
+    """Fewest servers at which no more than the share `late` waits longer than `wait_s`.
+
+    `work`: seconds of service that come in a second; `service_s` and `spread`: mean of one service, and its variance
+    over the square of the mean. Erlang's C for the chance to wait at all, and exponential waits as in M/G/c queues
+    with many servers (Kingman's factor for services that differ).
+    """
+    if work <= 0:
+        return 0
+    blocked, slowness = 1.0, max(1e-9, service_s * (1 + spread) / 2)
+    for servers in range(1, MOST_SERVERS):
+        blocked = work * blocked / (servers + work * blocked)
+        if servers <= work:
+            continue
+        waits = blocked / (1 - work / servers * (1 - blocked))
+        if waits * math.exp(-(servers - work) * wait_s / slowness) <= late:
+            return servers
+    return MOST_SERVERS
+
+
+def exponent(pairs: Sequence[tuple[float, float]], usual: float) -> float:
+    """How y grows with x, as the power of x: a regression of logarithms that leans to the usual one where x hardly
+    varied; from 0 to 0.85."""
+    logs = [(math.log(x), math.log(y)) for x, y in pairs if x > 0 and y > 0]
+    if len(logs) < 3:
+        return usual
+    mean_x, mean_y = (sum(each) / len(logs) for each in zip(*logs, strict=True))
+    doubt = 0.01 * len(logs)
+    above = sum((x - mean_x) * (y - mean_y) for x, y in logs) + doubt * usual
+    below = math.fsum((x - mean_x) ** 2 for x, _ in logs) + doubt
+    return float(min(0.85, max(0.0, above / below)))

@@ -1,0 +1,226 @@
+"""How many workers the load asks of each pool. Pure arithmetic over samples, before any limit.
+
+prefill   uncached prompt tokens that come in a second, over what a worker computes in a second; and so many that 99 %
+          wait no longer than the TTFT SLO leaves beside the computing itself; and what has piled up
+decode    blocks held or promised and places taken, each against what a worker has; and what the ITL leaves of that
+
+Either is looked at for the time at which a worker that is started now would be ready.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from cluster.forecast import Points, ahead, exponent, peak, recent, servers_for, slope
+from cluster.load_sample import LoadSample, PoolLoad
+from cluster.scaling_config import ScalingConfig
+
+LARGE_PROMPT = 3.0
+"""Standard deviations above the mean at which a prompt is taken for one of the largest."""
+LEAST_WAIT_SHARE = 0.2
+"""Share of the TTFT SLO that may be spent waiting, even if the largest prompts take longer than the rest of it."""
+CATCH_UP_S = (10.0, 60.0)
+"""Within the start-up time, but no less and no more than this, what has piled up is to be gone."""
+MAX_REFUSED = 1.0
+"""Refused requests come again and are counted again; they add no more than this share to the load."""
+MAX_QUEUED = 2.0
+"""Those that wait at routers add no more than so many times what the decode pool has."""
+USUAL_EXPONENT = 0.5
+"""How the ITL grows with a worker's load, until that is seen: as its root, for a step also has a fixed part."""
+LEAST_LOAD = 0.1
+"""An ITL over its SLO asks for no more workers than would bring each to this load: if that does not help, the ITL does
+not come from the load."""
+PATIENCE = 3
+"""Samples in a row that must say so before a measured TTFT asks for a worker."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Horizon:
+    """What needs are worked out for."""
+
+    scaling: ScalingConfig
+    ttft_slo_s: float
+    start_s: float
+
+    @property
+    def trend_s(self) -> float:
+        """How far back a trend is looked for."""
+        return min(600.0, max(60.0, 2 * self.start_s))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Need:
+    """Of one pool."""
+
+    up: int
+    """It should have no fewer workers."""
+    down: int
+    """It should have no more; never less than `up`."""
+    why: str
+    details: dict[str, float] = field(default_factory=dict)
+
+
+def prefill_need(samples: Sequence[LoadSample], pool: Callable[[LoadSample], PoolLoad], to: Horizon) -> Need | None:
+    """Of the pool that computes the prompts; None: nothing is known of how fast it does."""
+    newest, scaling = samples[-1], to.scaling
+    rate = _rate(samples, pool)
+    if rate is None:
+        return None
+    # 1. What comes, and what it may have risen to.
+    points = [(each.at, _prompt_load(each)) for each in samples]
+    level, rise = recent(points), slope(_since(points, to.trend_s))
+    expected = ahead(level, rise, to.start_s)
+    # 2. What has piled up beyond what is being worked off in time anyway.
+    mean, spread = _prompt_size(samples)
+    largest_s = mean * (1 + LARGE_PROMPT * math.sqrt(spread)) / rate
+    wait_s = max(to.ttft_slo_s - largest_s, LEAST_WAIT_SHARE * to.ttft_slo_s)
+    ready, usual = pool(newest).ready, pool(newest).ready * rate * wait_s / 2
+    backlog = float(pool(newest).waiting_tokens)
+    if backlog > usual:
+        backlog += newest.queued_requests * mean
+    piled = max(0.0, backlog - usual) / min(max(to.start_s, CATCH_UP_S[0]), CATCH_UP_S[1])
+
+    # 3. How many workers that takes.
+    def workers(tokens_per_s: float) -> int:
+        work = tokens_per_s / rate
+        return max(
+            math.ceil(work / (1 - scaling.headroom) - 1e-9),
+            servers_for(work, mean / rate, spread, wait_s),
+        )
+
+    up = workers(expected + piled)
+    if backlog > usual and _is_late(samples, to.ttft_slo_s):
+        up = max(up, ready + 1)
+    held = max(expected + piled, peak(points, scaling.shrink_pause_s))
+    why = (
+        f"{level:,.0f} uncached tokens/s arrive{_trend_words(level, rise, expected)}, {up} workers of {rate:,.0f}/s "
+        f"keep the p99 wait under {wait_s:.2g} s"
+    )
+    if piled:
+        why += f" and work off {backlog:,.0f} tokens that wait"
+    return Need(
+        up=up,
+        down=max(up, workers(held * (1 + scaling.hysteresis))),
+        why=why,
+        details={
+            "prompt_tokens_per_s": level,
+            "expected_prompt_tokens_per_s": expected,
+            "worker_tokens_per_s": rate,
+            "prompt_wait_slo_s": wait_s,
+            "prompt_backlog_tokens": backlog,
+        },
+    )
+
+
+def decode_need(samples: Sequence[LoadSample], to: Horizon) -> Need | None:
+    """Of the pool that generates the tokens; None: none of its workers has been heard."""
+    heard = [each for each in samples if each.decode.ready]
+    if not heard:
+        return None
+    scaling, newest = to.scaling, heard[-1]
+    points, load, itl_s = _decode_points(heard)
+    # 1. The load at which a worker is full, be it of KV, of requests, or for the ITL.
+    grows = exponent([(_load(each), each.itl_mean_s or 0.0) for each in _last(heard, to.trend_s)], USUAL_EXPONENT)
+    late_s = statistics.median(found) if (found := _itls(heard)) else 0.0
+    full, by_itl = 1.0, math.inf
+    if late_s and load > 0:
+        by_itl = max(load * (scaling.itl_slo_s / late_s) ** (1 / max(grows, 0.2)), min(load, LEAST_LOAD), load / 2)
+        full = min(full, by_itl)
+    full *= 1 - scaling.headroom
+    # 2. What comes, in requests' KV that is read in a second: that stays the same whatever the number of workers.
+    level, rise = recent(points), slope(_since(points, to.trend_s))
+    expected = ahead(level, rise, to.start_s)
+
+    def workers(reads_per_s: float) -> int:
+        if load <= 0 or reads_per_s <= 0:
+            return 0
+        return math.ceil(float(reads_per_s * itl_s * (full / load) ** grows / full) - 1e-9)
+
+    up = workers(expected)
+    held = max(expected, peak(points, scaling.shrink_pause_s))
+    queued = f", {newest.queued_requests} requests wait for room" if newest.queued_requests else ""
+    itl = f", ITL p99 {late_s * 1e3:.1f} of {scaling.itl_slo_s * 1e3:g} ms" if late_s else ""
+    what = "KV" if newest.decode.kv_share >= newest.decode.place_share else "places"
+    return Need(
+        up=up,
+        down=max(up, workers(held * (1 + scaling.hysteresis))),
+        why=(
+            f"{load:.0%} of the {what} of {newest.decode.ready} workers taken{queued}{itl}"
+            f"{_trend_words(level, rise, expected)}, {up} workers stay under {full:.0%}"
+        ),
+        details={
+            "decode_load": load,
+            "decode_full_load": full,
+            "decode_running": float(newest.decode.running),
+            "itl_p99_s": late_s,
+            "itl_exponent": grows,
+            "decode_expected_rise": expected / level - 1 if level else 0.0,
+        },
+    )
+
+
+def _prompt_load(sample: LoadSample) -> float:
+    """Tokens a second that ask for a prefill worker, those of refused requests included."""
+    refused = min(MAX_REFUSED, sample.refused_per_s / sample.requests_per_s) if sample.requests_per_s else 0.0
+    return sample.uncached_tokens_per_s * (1 - sample.local_share) * (1 + refused)
+
+
+def _prompt_size(samples: Sequence[LoadSample]) -> tuple[float, float]:
+    """Tokens of a prompt that have to be computed: mean, and variance over its square, of those that came of late."""
+    known = [each for each in samples[-12:] if each.tokens_per_prompt > 0 and each.requests_per_s > 0]
+    weight = sum(each.requests_per_s for each in known)
+    if not weight:
+        return 0.0, 0.0
+    mean = sum(each.requests_per_s * each.tokens_per_prompt for each in known) / weight
+    square = sum(each.requests_per_s * each.tokens_per_prompt**2 * (1 + each.prompt_spread) for each in known) / weight
+    return mean, max(0.0, square / (mean * mean) - 1)
+
+
+def _rate(samples: Sequence[LoadSample], pool: Callable[[LoadSample], PoolLoad]) -> float | None:
+    """Prompt tokens a second of one worker: of the pool as of late, else of the other one."""
+    rates = [pool(each).tokens_per_s for each in samples if pool(each).tokens_per_s > 0]
+    rates = rates or [each.decode.tokens_per_s for each in samples if each.decode.tokens_per_s > 0]
+    return sum(rates[-3:]) / len(rates[-3:]) if rates else None
+
+
+def _is_late(samples: Sequence[LoadSample], slo_s: float) -> bool:
+    late = [each.ttft_p99_s for each in samples[-PATIENCE:] if each.ttft_p99_s is not None]
+    return len(late) == PATIENCE and min(late) > slo_s
+
+
+def _load(sample: LoadSample) -> float:
+    return max(sample.decode.kv_share, sample.decode.place_share)
+
+
+def _decode_points(heard: Sequence[LoadSample]) -> tuple[Points, float, float]:
+    """KV that is read in a second, in workers' whole KV, by sample; and load and ITL of late."""
+    itl_s = next((each.itl_mean_s for each in heard if each.itl_mean_s), 1.0)
+    reads, loads, itls = [], [], []
+    for each in heard:
+        itl_s = each.itl_mean_s or itl_s
+        queued = min(MAX_QUEUED, each.queued_requests / max(1, each.decode.running))
+        reads.append((each.at, each.decode.ready * _load(each) * (1 + queued) / itl_s))
+        loads.append((each.at, _load(each)))
+        itls.append((each.at, itl_s))
+    return reads, recent(loads), recent(itls)
+
+
+def _itls(heard: Sequence[LoadSample]) -> list[float]:
+    return [each.itl_p99_s for each in heard[-PATIENCE:] if each.itl_p99_s]
+
+
+def _since(points: Points, span_s: float) -> Points:
+    return [point for point in points if point[0] > points[-1][0] - span_s]
+
+
+def _last(samples: Sequence[LoadSample], span_s: float) -> list[LoadSample]:
+    return [each for each in samples if each.at > samples[-1].at - span_s]
+
+
+def _trend_words(level: float, rise_per_s: float, expected: float) -> str:
+    if not level or expected <= level * 1.005:
+        return ""
+    return f" (trend {rise_per_s * 60 / level:+.0%}/min)".replace("%", " %")

@@ -1,0 +1,71 @@
+"""Trends, and servers for a wait."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from cluster.forecast import ahead, exponent, peak, recent, servers_for, slope
+
+
+def line(start: float, rise: float, num: int = 60, step_s: float = 5.0) -> list[tuple[float, float]]:
+    return [(i * step_s, start + rise * i * step_s) for i in range(num)]
+
+
+def test_the_present_is_what_came_of_late() -> None:
+    points = [*line(10.0, 0.0), (300.0, 40.0), (305.0, 40.0), (310.0, 40.0)]
+    assert recent(points) == 40.0
+    assert recent([]) == peak([], 60.0) == 0.0
+    assert peak([*points, *((315.0 + 5 * i, 10.0) for i in range(10))], 60.0) == 40.0
+    assert peak([*points, *((315.0 + 5 * i, 10.0) for i in range(30))], 60.0) == 10.0
+
+
+def test_a_trend_is_taken_for_one_only_if_it_is_clear() -> None:
+    assert slope(line(100.0, 0.5)) == pytest.approx(0.5)
+    assert slope(line(100.0, -0.5)) == pytest.approx(-0.5)
+    rng = random.Random(1)
+    noise = [(i * 5.0, 100 * rng.lognormvariate(0, 0.3)) for i in range(60)]
+    assert slope(noise) == 0.0
+    outlier = [*line(100.0, 0.5)[:-1], (295.0, 1e6)]
+    assert slope(outlier) < 5
+    assert slope(line(1.0, 1.0, num=3)) == 0.0
+
+
+def test_no_load_is_expected_to_more_than_double() -> None:
+    assert ahead(100.0, 1.0, 30.0) == 130.0
+    assert ahead(100.0, 50.0, 600.0) == 200.0
+    assert ahead(100.0, -5.0, 30.0) == 100.0
+
+
+def simulated_wait(work: float, servers: int, rng: random.Random) -> float:
+    """The p99 of waits in a queue with Poisson arrivals and exponential services of 1 s on average."""
+    free_at, now, waits = [0.0] * servers, 0.0, []
+    for _ in range(60_000):
+        now += rng.expovariate(work)
+        first = min(range(servers), key=free_at.__getitem__)
+        begins = max(now, free_at[first])
+        waits.append(begins - now)
+        free_at[first] = begins + rng.expovariate(1.0)
+    return sorted(waits)[int(0.99 * len(waits))]
+
+
+@pytest.mark.parametrize(("work", "wait_s"), [(1.5, 2.0), (4.0, 1.0), (10.0, 0.5)])
+def test_so_many_servers_keep_the_wait_and_one_fewer_would_not(work: float, wait_s: float) -> None:
+    servers = servers_for(work, 1.0, 1.0, wait_s)
+    assert simulated_wait(work, servers, random.Random(1)) <= wait_s * 1.1
+    assert servers == 1 + int(work) or simulated_wait(work, servers - 1, random.Random(1)) > wait_s * 0.9
+
+
+def test_more_servers_for_more_work_and_for_shorter_waits() -> None:
+    sizes = [servers_for(work / 4, 0.5, 2.0, 1.0) for work in range(200)]
+    assert sizes == sorted(sizes)
+    assert servers_for(5.0, 1.0, 1.0, 0.1) > servers_for(5.0, 1.0, 1.0, 10.0) == 6
+    assert servers_for(0.0, 1.0, 1.0, 1.0) == 0
+
+
+def test_how_one_figure_grows_with_another() -> None:
+    pairs = [(x / 20, 0.02 * (x / 20) ** 0.7) for x in range(2, 20)]
+    assert exponent(pairs, 0.5) == pytest.approx(0.7, abs=0.02)
+    assert exponent([(0.5, 0.02)] * 20, 0.5) == pytest.approx(0.5)
+    assert exponent([(x / 20, 0.03) for x in range(2, 20)], 0.5) < 0.05
