@@ -189,6 +189,10 @@ class ClusterConfig:
         if not 0 < self.start_timeout_s <= 86400:
             raise ValueError(f"start_timeout_s must be more than 0 and at most 86400, got {self.start_timeout_s}")
 
+    def move_within(self, drain_s: float) -> float:
+        """When what generates is moved in a drain that lasts so long: early enough for it to go on elsewhere."""
+        return min(self.move_after_s, drain_s / 2)
+
 
 def load_config(path: str | Path) -> ClusterConfig:
     """The configuration in a YAML file; ConfigError lists every problem with its line."""

@@ -160,6 +160,7 @@ class RouterApp:
         stats = copy.deepcopy(self._desk.stats)
         stats.local_prompt_tokens = self._dispatcher.local_prompt_tokens
         stats.given_back = self._dispatcher.num_given_back
+        stats.moved = self._dispatcher.num_moved
         stats.in_flight = len(self._desk.running)
         stats.queued = len(self._line)
         stats.refused = dict(self._line.refused)
