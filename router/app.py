@@ -122,6 +122,8 @@ class RouterApp:
 
     async def drain(self, timeout_s: float) -> bool:
         """Take nothing new and wait for what runs; False if something still ran after `timeout_s`."""
+        if self.state is AppState.STOPPED:
+            return True
         self.state = AppState.DRAINING
         self._desk.draining = True
         await self._publish_health()
