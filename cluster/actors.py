@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -41,6 +42,8 @@ log = logging.getLogger(__name__)
 
 Numbers = Callable[[], dict[str, float]]
 """What a process says to its metrics."""
+Drain = Callable[[], bool]
+"""Lets what runs end; False if time was up first."""
 
 START_S = 60.0
 STOP_S = 15.0
@@ -78,6 +81,7 @@ ROUTER_COUNTERS = (
     "generated_tokens",
     "failed_attempts",
     "given_back",
+    "moved",
     "refused",
 )
 
@@ -155,12 +159,11 @@ class EngineActor:
         config = from_plain(spec.config)
         secret = begin(f"engine{rank}", spec.worker_id, config, spec.run_dir, spec.redis_url)
         load = LoadTeller(RunDir(Path(spec.run_dir)), spec.worker_id if rank == 0 else f"{spec.worker_id}/{rank}")
-        self._drain_s = config.drain_s if rank == 0 else config.drain_s + STOP_S
         self._drains = threading.Lock()
         """Taken by the one drain that this process does."""
         with _exit_if_lost():
             self._host: EngineHost | FollowerHost
-            self._host, numbers = (
+            self._host, numbers, self._drain = (
                 self._lead(spec, config, secret, load) if rank == 0 else _follow(spec, rank, secret, load)
             )
             self._host.start()
@@ -179,7 +182,7 @@ class EngineActor:
 
     def _lead(
         self, spec: WorkerSpec, config: ClusterConfig, secret: bytes, load: LoadTeller
-    ) -> tuple[EngineHost, Numbers]:
+    ) -> tuple[EngineHost, Numbers, Drain]:
         """Rank 0."""
         from cluster.engine_host import EngineHost
         from engine.engine import Engine
@@ -202,18 +205,19 @@ class EngineActor:
             secret=secret,
             socket_path=socket_path(spec.run_dir, spec.worker_id),
         )
-        return host, lambda: _stats(host.stats())
+        bounds = config.drain_s, config.move_within(config.drain_s)
+        return host, lambda: _stats(host.stats()), lambda: host.drain(*bounds)
 
     def _on_sigterm(self) -> None:
         if not self._drains.acquire(blocking=False):
             return
         log.info("SIGTERM, here or at another rank: draining the engine")
         with _exit_at_the_end():
-            self._host.drain(self._drain_s)
+            self._drain()
             self._host.stop()
 
 
-def _follow(spec: WorkerSpec, rank: int, secret: bytes, load: LoadTeller) -> tuple[FollowerHost, Numbers]:
+def _follow(spec: WorkerSpec, rank: int, secret: bytes, load: LoadTeller) -> tuple[FollowerHost, Numbers, Drain]:
     """A rank other than 0; its process ends with rank 0's."""
     from cluster.rank_host import FollowerHost, make_transfers
     from engine.follower import Follower
@@ -236,7 +240,7 @@ def _follow(spec: WorkerSpec, rank: int, secret: bytes, load: LoadTeller) -> tup
     host = FollowerHost(
         follower, runner, transfers, on_end=lambda well: os._exit(EXIT_DRAINED if well else EXIT_FAILED)
     )
-    return host, host.numbers
+    return host, host.numbers, lambda: host.drain(config.drain_s + STOP_S)
 
 
 class FrontActor:
@@ -251,6 +255,7 @@ class FrontActor:
         )
         self._metrics = metrics.serve([collector], host=config.observability.metrics_host)
         self._drain_s = config.drain_s
+        self._move_after_s = config.move_within(config.drain_s)
         self._start_s = config.start_timeout_s
         self._loop = LoopThread("front")
         options = FrontOptions(
@@ -278,12 +283,14 @@ class FrontActor:
         self._loop.run(self._front.set_role(role, timeout_s), timeout_s)
         return self.status()
 
-    def drain(self, timeout_s: float) -> dict[str, Any]:
-        """Take nothing new, wait for what runs, leave the registry; says what was left."""
-        finished = self._loop.run(self._front.drain(timeout_s), timeout_s + STOP_S)
-        status = self._front.status()
-        self._loop.run(self._front.stop(), STOP_S)
-        return {"finished": finished, **status}
+    def drain(self, timeout_s: float, move_after_s: float | None = None) -> dict[str, Any]:
+        """Take nothing new, wait for what runs, leave the registry; says what was left. Idempotent.
+
+        After `move_after_s` what still generates goes on at other workers (None: nothing does): there must be some.
+        """
+        self._drain_s = max(self._drain_s, timeout_s)
+        moving = math.inf if move_after_s is None else move_after_s
+        return self._loop.run(self._front.leave(timeout_s, moving), self._drain_s + STOP_S)
 
     def status(self) -> dict[str, Any]:
         """State, identity, stats."""
@@ -302,7 +309,7 @@ class FrontActor:
     def _on_sigterm(self) -> None:
         log.info("SIGTERM: draining the worker")
         with _exit_at_the_end():
-            self.drain(self._drain_s)
+            self.drain(self._drain_s, self._move_after_s)
 
 
 class RouterActor:

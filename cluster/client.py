@@ -4,6 +4,9 @@
         async for event in client.generate(GenerateRequest(text="Once upon a time")):
             print(event.tokens.text, end="")
 
+Given the addresses of several routers of a cluster, a client that one of them refuses with UNAVAILABLE goes on at the
+next one: a plain request until its first token, a resumable one at any time.
+
 ClientError
 ├── NoClusterError       nothing serves there
 ├── StatusError          the server refused or ended the call with a gRPC status
@@ -12,6 +15,8 @@ ClientError
 
 from __future__ import annotations
 
+import time
+import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -107,15 +112,44 @@ class Endpoint:
         return grpc.aio.secure_channel(self.address, credentials, options=_CHANNEL_OPTIONS)
 
 
-class Client:
-    """One channel to a server; any number of calls at once, all in one event loop."""
+class _Server:
+    """One channel to a server."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
-        self._channel = endpoint.channel()
-        self._stub: Any = InferenceStub(self._channel)  # type: ignore[no-untyped-call]
+        self.channel = endpoint.channel()
+        self.stub: Any = InferenceStub(self.channel)  # type: ignore[no-untyped-call]
         key = endpoint.api_key
-        self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
+        self.metadata = (("authorization", f"Bearer {key}"),) if key else ()
+
+    def generate(self, request: GenerateRequest) -> Any:
+        """A call that generates."""
+        timeout = request.deadline_s + DEADLINE_GRACE_S if request.HasField("deadline_s") else None
+        return self.stub.Generate(request, metadata=self.metadata, timeout=timeout)
+
+    def resume(self, request_id: str, next_offset: int) -> Any:
+        """A call that goes on with a resumable request."""
+        asked = ResumeRequest(request_id=request_id, next_offset=next_offset)
+        return self.stub.Resume(asked, metadata=self.metadata)
+
+
+class Client:
+    """A channel to each of one or several routers; any number of calls at once, all in one event loop."""
+
+    def __init__(self, endpoint: Endpoint, *others: Endpoint) -> None:
+        """`others`: more routers of the same cluster."""
+        self._servers = [_Server(each) for each in (endpoint, *others)]
+        self._current = 0
+        """Index of the one that is asked first: the last one that did not refuse."""
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Whom it asks first."""
+        return self._server.endpoint
+
+    @property
+    def _server(self) -> _Server:
+        return self._servers[self._current]
 
     async def __aenter__(self) -> Client:
         return self
@@ -127,48 +161,57 @@ class Client:
 
     async def close(self) -> None:
         """End all calls and the connection."""
-        await self._channel.close(None)
+        for server in self._servers:
+            await server.channel.close(None)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateEvent, None]:
         """Yield the stream's events: one Accepted, Tokens without gap or repeat, one Finished.
 
-        Leaving the iterator early (`aclose`, or cancelling the task) cancels the request on the server.
+        Leaving the iterator early (`aclose`, or cancelling the task) cancels the request on the server. Of several
+        routers each is asked once, and once more after each token of a resumable request.
         """
-        timeout = request.deadline_s + DEADLINE_GRACE_S if request.HasField("deadline_s") else None
-        call = self._stub.Generate(request, metadata=self._metadata, timeout=timeout)
-        async with aclosing(self._events(call, 0)) as events:
-            async for event in events:
-                yield event
+        begun, num_tokens, request_id = time.monotonic(), 0, ""
+        asked, left = self._named(request), len(self._servers)
+        while True:
+            server = self._server
+            call = server.resume(request_id, num_tokens) if num_tokens else server.generate(asked)
+            try:
+                async with aclosing(_events(call, num_tokens, server.endpoint.address)) as events:
+                    async for event in events:
+                        if event.WhichOneof("event") == "accepted":
+                            is_known, request_id = bool(request_id), event.accepted.request_id
+                            if is_known:
+                                continue
+                        elif event.WhichOneof("event") == "tokens":
+                            num_tokens, left = num_tokens + len(event.tokens.token_ids), len(self._servers)
+                        yield event
+                return
+            except ClientError as error:
+                left -= 1
+                if not left or not _is_unavailable(error) or (num_tokens and not request.resumable):
+                    raise
+            self._go_on_from(server)
+            if not request.resumable:
+                asked = _with_less_time(request, time.monotonic() - begun)
 
     async def resume(self, request_id: str, next_offset: int = 0) -> AsyncGenerator[GenerateEvent, None]:
         """Yield the events of a resumable request from its token `next_offset` on.
 
         Any router of its cluster may be asked. Leaving the iterator early leaves the request running, for a while.
         """
-        call = self._stub.Resume(ResumeRequest(request_id=request_id, next_offset=next_offset), metadata=self._metadata)
-        async with aclosing(self._events(call, next_offset)) as events:
+        server = self._server
+        call = server.resume(request_id, next_offset)
+        async with aclosing(_events(call, next_offset, server.endpoint.address)) as events:
             async for event in events:
                 yield event
 
-    async def _events(self, call: Any, next_offset: int) -> AsyncGenerator[GenerateEvent, None]:
-        contract = _StreamContract(next_offset)
-        try:
-            async for event in call:
-                contract.check(event)
-                yield event
-        except grpc.aio.AioRpcError as error:
-            raise translate(error, self.endpoint.address) from error
-        finally:
-            call.cancel()
-        contract.check_end()
-
     async def cancel(self, request_id: str) -> bool:
         """End a running request; False where no such request runs."""
-        return bool((await self._unary(self._stub.Cancel, CancelRequest(request_id=request_id))).found)
+        return bool((await self._unary("Cancel", CancelRequest(request_id=request_id))).found)
 
     async def list_models(self) -> list[Model]:
         """The models served, the default one first."""
-        return list((await self._unary(self._stub.ListModels, ListModelsRequest())).models)
+        return list((await self._unary("ListModels", ListModelsRequest())).models)
 
     async def tokenize(self, prompt: str | Chat, model: str = "") -> TokenizeResponse:
         """How the model's tokenizer (and, for a chat, its template) cuts a prompt."""
@@ -177,14 +220,64 @@ class Client:
             request.text = prompt
         else:
             request.chat.CopyFrom(prompt)
-        response: TokenizeResponse = await self._unary(self._stub.Tokenize, request)
+        response: TokenizeResponse = await self._unary("Tokenize", request)
         return response
 
-    async def _unary(self, method: Callable[..., Any], request: object) -> Any:
-        try:
-            return await method(request, metadata=self._metadata, timeout=UNARY_TIMEOUT_S)
-        except grpc.aio.AioRpcError as error:
-            raise translate(error, self.endpoint.address) from error
+    async def _unary(self, method: str, request: object) -> Any:
+        for left in reversed(range(len(self._servers))):
+            server = self._server
+            call: Callable[..., Any] = getattr(server.stub, method)
+            try:
+                return await call(request, metadata=server.metadata, timeout=UNARY_TIMEOUT_S)
+            except grpc.aio.AioRpcError as error:
+                failure = translate(error, server.endpoint.address)
+                if not left or not _is_unavailable(failure):
+                    raise failure from error
+            self._go_on_from(server)
+        raise AssertionError("the last failure is raised")
+
+    def _named(self, request: GenerateRequest) -> GenerateRequest:
+        """A resumable request of this client's own id: another router knows it again by that."""
+        if request.resumable and not request.request_id and len(self._servers) > 1:
+            named = GenerateRequest()
+            named.CopyFrom(request)
+            named.request_id = str(uuid.uuid4())
+            return named
+        return request
+
+    def _go_on_from(self, server: _Server) -> None:
+        """Ask the next one from now on, unless another call has found out before."""
+        if self._server is server:
+            self._current = (self._current + 1) % len(self._servers)
+
+
+async def _events(call: Any, next_offset: int, address: str) -> AsyncGenerator[GenerateEvent, None]:
+    contract = _StreamContract(next_offset)
+    try:
+        async for event in call:
+            contract.check(event)
+            yield event
+    except grpc.aio.AioRpcError as error:
+        raise translate(error, address) from error
+    finally:
+        call.cancel()
+    contract.check_end()
+
+
+def _is_unavailable(error: ClientError) -> bool:
+    """Whether another router may do what this one does not."""
+    is_refused = isinstance(error, StatusError) and error.code is grpc.StatusCode.UNAVAILABLE
+    return is_refused or isinstance(error, NoClusterError)
+
+
+def _with_less_time(request: GenerateRequest, passed_s: float) -> GenerateRequest:
+    """The same, of whose time some has passed."""
+    if not request.HasField("deadline_s"):
+        return request
+    hurried = GenerateRequest()
+    hurried.CopyFrom(request)
+    hurried.deadline_s = max(0.001, request.deadline_s - passed_s)
+    return hurried
 
 
 class _StreamContract:

@@ -225,6 +225,10 @@ class ClusterConfig:
         if self.router.same_port and self.router.replicas > 1 and self.ray.address is None:
             raise ValueError("router.same_port needs a machine for each router: set ray.address, or router.replicas: 1")
 
+    def move_within(self, drain_s: float) -> float:
+        """When what generates is moved in a drain that lasts so long: early enough for it to go on elsewhere."""
+        return min(self.move_after_s, drain_s / 2)
+
 
 def load_config(path: str | Path) -> ClusterConfig:
     """The configuration in a YAML file, with the password of redis.password_file where that can be read.

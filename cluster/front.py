@@ -2,6 +2,7 @@
 
     STARTING --engine linked, registered--> SERVING --drain--> DRAINING --nothing left, or time up--> STOPPED
         ^---------engine gone (new epoch)------'
+    SERVING --the engine process is about to end--> DRAINING --engine gone (new epoch)--> STARTING
 
 It holds no model and no torch; it comes back fast, and the engine's model outlives it.
 
@@ -16,6 +17,7 @@ import asyncio
 import contextlib
 import enum
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -38,6 +40,10 @@ log = logging.getLogger(__name__)
 LEASE_TTL_S = 10.0
 LEASE_PERIOD_S = 3.0
 STOP_GRACE_S = 1.0
+NOTICE_S = 0.2
+"""A drain takes at least so long: what routers have sent meanwhile is refused by word, and not by a lost connection."""
+HAND_BACK_EVERY_S = 1.0
+"""How often what generates all the same, as it was adopted late, is given back."""
 TELL_TIMEOUT_S = 5.0
 """Bound of a word to the engine that nobody else bounds."""
 STREAMS = ("/Attach", "/OpenReserve", "/OpenPrefill")
@@ -98,12 +104,17 @@ class WorkerFront:
         self._lease_task: asyncio.Task[None] | None = None
         self._moving: asyncio.Task[None] | None = None
         """Gives back what generates, a while after it has left the decode pool."""
+        self._engine_leaves = False
+        """The engine process is about to end, and this epoch with it."""
+        self._leaving: asyncio.Task[dict[str, Any]] | None = None
 
     @property
     def state(self) -> FrontState:
         """What it does with new work at this moment; without its engine it is STARTING again."""
         if self._state is FrontState.SERVING and self.link.state is not LinkState.STARTED:
             return FrontState.STARTING
+        if self._state is FrontState.SERVING and self._engine_leaves:
+            return FrontState.DRAINING
         return self._state
 
     async def start(self) -> str:
@@ -148,16 +159,31 @@ class WorkerFront:
             await self._tell_engine(timeout_s)
             await self._register()
 
-    async def drain(self, timeout_s: float) -> bool:
-        """Take nothing new, wait for what runs; False if time was up first."""
+    async def leave(self, timeout_s: float, move_after_s: float) -> dict[str, Any]:
+        """Drain, then stop; its status at the end of the drain, and in `finished` whether nothing was left.
+
+        Whoever asks again, meanwhile or afterwards, waits for the same end and gets the same answer.
+        """
+        if self._leaving is None:
+            self._leaving = asyncio.create_task(self._leave(timeout_s, move_after_s), name="leave")
+        return await asyncio.shield(self._leaving)
+
+    async def drain(self, timeout_s: float, move_after_s: float = math.inf) -> bool:
+        """Take nothing new, wait for what runs; False if time was up first.
+
+        After `move_after_s` routers get back what still generates here.
+        """
         self._state = FrontState.DRAINING
-        self._prefill.draining = self._decode.draining = True
+        self._set_draining(True)
+        wait_s = move_after_s
         try:
             async with asyncio.timeout(timeout_s):
+                await asyncio.sleep(NOTICE_S)
                 with contextlib.suppress(EngineGoneError):  # then nothing runs any more, or time is up
                     await self.link.catch_up(timeout_s)
-                async with self.link.news:
-                    await self.link.news.wait_for(lambda: num_open(self.link.stats) == 0)
+                while not await self._is_idle_within(wait_s):
+                    await self._hand_back("its worker leaves")
+                    wait_s = HAND_BACK_EVERY_S
         except TimeoutError:
             log.warning("drain: %d requests are left after %.1f s", num_open(self.link.stats), timeout_s)
             return False
@@ -197,12 +223,36 @@ class WorkerFront:
     def _on_step(self, step: pb.StepEvent) -> None:
         self.link.stats = step.stats
         self._decode.on_step(step)
+        if step.draining and not self._engine_leaves:
+            log.info("the engine process is about to end: draining", extra={"worker": self._options.worker_id})
+            self._engine_leaves = True
+            self._set_draining(True)
+
+    def _set_draining(self, draining: bool) -> None:
+        self._prefill.draining = self._decode.draining = draining
+        self._decode.tell_all()
+
+    async def _leave(self, timeout_s: float, move_after_s: float) -> dict[str, Any]:
+        finished = await self.drain(timeout_s, move_after_s)
+        answer = {"finished": finished, **self.status()}
+        await self.stop()
+        return answer
+
+    async def _is_idle_within(self, wait_s: float) -> bool:
+        """Whether nothing is left, now or before the time is over."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(None if math.isinf(wait_s) else wait_s), self.link.news:
+                await self.link.news.wait_for(lambda: num_open(self.link.stats) == 0)
+        return num_open(self.link.stats) == 0
 
     async def _next_epoch(self) -> int:
         """A new epoch, in the role that it was given last."""
         kept = await self._store.role_of(self._options.worker_id)
         if kept is not None and self._options.role != "both":
             self.role = kept
+        self._engine_leaves = False
+        if self._state in (FrontState.STARTING, FrontState.SERVING):
+            self._set_draining(False)
         return await self._store.next_epoch(self._options.worker_id)
 
     def _role_order(self) -> pb.SetRole:

@@ -1,8 +1,9 @@
 """Follows the reservations of a decode worker from promise to first step.
 
     RESERVED --all pieces home, first token known--> READY (handed to the scheduler)
+        |--hand back--> LEAVING --all pieces home, first token known--> (gone, reported as HANDED_BACK)
         |--abort--> ENDING --no more writes--> (gone)
-        '--peer lost, lease over, bad piece--> (gone, reported as FAILED)
+        '--peer lost, lease over, bad piece--> (gone, reported as FAILED; LEAVING likewise)
 
 The ticket (kv_transfer) decides how it ends, on its own threads, and says so exactly once; here that
 word is carried to the engine loop's thread, which calls everything else. Blocks go back only after
@@ -32,6 +33,7 @@ class IntakeState(enum.Enum):
     """Where a reservation is in its life."""
 
     RESERVED = "reserved"
+    LEAVING = "leaving"
     ENDING = "ending"
 
 
@@ -54,13 +56,18 @@ class KVIntake:
         *,
         on_ready: OnReady,
         on_failed: OnFailed,
+        on_left: Callable[[Sequence], None],
         on_room: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_room`: blocks are back of a reservation of which nothing else is told."""
+        """`on_left`: a sequence goes back to its router, its blocks have gone already.
+
+        `on_room`: blocks are back of a reservation of which nothing else is told.
+        """
         self._engine = engine
         self._node = node
         self._on_ready = on_ready
         self._on_failed = on_failed
+        self._on_left = on_left
         self._on_room = on_room
         self._reservations: dict[Key, Reservation] = {}
         self._numbers = itertools.count(1)
@@ -100,6 +107,12 @@ class KVIntake:
         self._node.abort(reservation.ticket.ticket_id, reason)
         return True
 
+    def hand_back(self) -> None:
+        """Have everything that is reserved go back to its router once its KV is home; a transfer is not cut off."""
+        for reservation in self._reservations.values():
+            if reservation.state is IntakeState.RESERVED:
+                reservation.state = IntakeState.LEAVING
+
     @property
     def num_reserved(self) -> int:
         """Reservations whose ticket has not ended; any thread may ask."""
@@ -121,6 +134,10 @@ class KVIntake:
             self._on_room()
             return
         sequence.token_ids += received.first.token_ids
+        if reservation.state is IntakeState.LEAVING:
+            self._engine.scheduler.release(sequence)
+            self._on_left(sequence)
+            return
         sequence.first_step_at = time.monotonic()
         self._on_ready(sequence, received)
         self._engine.scheduler.add(sequence)
@@ -128,7 +145,7 @@ class KVIntake:
     def _ended(self, key: Key, state: TicketState, reason: str) -> None:
         reservation = self._reservations.pop(key)
         self._engine.scheduler.release(reservation.sequence)
-        if reservation.state is IntakeState.RESERVED:
+        if reservation.state is not IntakeState.ENDING:
             self._on_failed(reservation.sequence, f"the ticket ended {state.name}: {reason}")
         else:
             self._on_room()

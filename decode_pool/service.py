@@ -38,6 +38,8 @@ MIN_KEPT_KEYS = 4096
 """Of a router that does not read, no more block events are kept than twice what a snapshot has, and so many."""
 MAX_QUEUED_EVENTS = 10_000
 """Step messages kept for a router that does not read."""
+DRAINING = "this worker is draining"
+"""Said with RESOURCE_EXHAUSTED: for the router it is one more worker without room, and no failure."""
 CALL_TIMEOUT_S = 30.0
 ABORT_TIMEOUT_S = 5.0
 
@@ -149,7 +151,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
     async def Reserve(self, request: pb.ReserveRequest, context: Context) -> pb.ReserveReply:
         """Promise blocks; refused while draining and for another epoch."""
         if self.draining:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "this worker is draining")
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, DRAINING)
         if refusal := self._link.stale(request.epoch):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, refusal)
         if request.router_id not in self._attached:

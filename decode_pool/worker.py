@@ -2,6 +2,7 @@
 
     RESERVED (kv_intake) --KV home--> RUNNING (scheduler) --last token, abort--> (gone)
     local prefill:                    RUNNING from the start
+    RESERVED, RUNNING --hand back--> (gone here, HANDED_BACK to the router, which goes on with it elsewhere)
     RUNNING, resumable --router gone--> still RUNNING, an orphan (orphans.py) until it is adopted or its time is over
 
 The engine loop's thread calls everything here.
@@ -74,7 +75,9 @@ class DecodeWorker:
         self._looked_at = (0.0, -1)
         """When that was, and how many requests were open."""
         self._running: dict[Key, _Running] = {}
-        self._intake = KVIntake(engine, node, on_ready=self._join, on_failed=self._failed, on_room=on_room)
+        self._intake = KVIntake(
+            engine, node, on_ready=self._join, on_failed=self._failed, on_left=self._left, on_room=on_room
+        )
         self._orphans = Orphans(options.orphan_grace_s)
         self._grace: threading.Timer | None = None
 
@@ -196,6 +199,18 @@ class DecodeWorker:
         self._emit(sequence.owner, wire.output_to_wire(output))
         return True
 
+    def hand_back(self, reason: str) -> None:
+        """Give everything back to the routers, which go on with it elsewhere: at once, or once its KV is home.
+
+        Orphans have no router: they are left to their grace.
+        """
+        for entry in list(self._running.values()):
+            if _key(entry.sequence) not in self._orphans:
+                self._engine.scheduler.abort(entry.sequence)
+                self._ended(entry.sequence, f"handed back: {reason}")
+                self._left(entry.sequence)
+        self._intake.hand_back()
+
     def look_for_room(self) -> None:
         """See what can still be promised: at once when a request came or went, else now and then."""
         now, num_open = time.monotonic(), self.num_open()
@@ -289,6 +304,17 @@ class DecodeWorker:
             transfer_tail_s=received.tail_s, transfer_busy_s=received.busy_s, transfer_bytes=received.num_bytes
         )
         self._running[_key(sequence)] = _Running(sequence, timing, ready_at=time.monotonic())
+
+    def _left(self, sequence: Sequence) -> None:
+        """The sequence has gone from here: its router is told, and has been told all its tokens."""
+        output = pb.TokenOutput(
+            request_id=sequence.request.request_id,
+            attempt=sequence.request.attempt,
+            offset=sequence.num_known_tokens - sequence.num_prompt_tokens,
+            finish=pb.ENGINE_FINISH_HANDED_BACK,
+            reason="its worker leaves or has changed its role",
+        )
+        self._emit(sequence.owner, output)
 
     def _failed(self, sequence: Sequence, reason: str) -> None:
         """The KV never came: the router must try again."""

@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 MAX_PREFILL_S = 3600.0
 """Bound of the wait for a first token where the request has no deadline."""
+DRAINING = "this worker is draining"
+"""Said with RESOURCE_EXHAUSTED: for the router it is one more worker without room, and no failure."""
 MEET_TIMEOUT_S = 5.0
 ABORT_TIMEOUT_S = 5.0
 REST_TIMEOUT_S = 10.0
@@ -38,7 +40,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
     async def Prefill(self, request: pb.PrefillRequest, context: Context | _RefusingLater) -> pb.PrefillReply:
         """Have the engine compute a prompt; ends with the caller if the caller goes away."""
         if self.draining:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "this worker is draining")
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, DRAINING)
         if refusal := self._link.stale(request.epoch):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, refusal)
         timeout_s = request.request.deadline_s or MAX_PREFILL_S
@@ -69,7 +71,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
     async def Meet(self, request: pb.MeetRequest, context: Context) -> pb.MeetReply:
         """Have the engine begin the pair to a worker; says nothing of how that ends."""
         if self.draining:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "this worker is draining")
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, DRAINING)
         if refusal := self._link.stale(request.epoch):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, refusal)
         try:

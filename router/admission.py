@@ -235,7 +235,7 @@ class Place:
         """Of its arrival."""
         self.state = PlaceState.FREE
         self.may_refuse = True
-        """Whether it may be sent away: one whose client has tokens may not."""
+        """Whether it may be sent away: one whose client has tokens may not, nor one that had a place and lost it."""
         self._line = line
         self._seen = 0
         self._had_place = False
@@ -322,8 +322,8 @@ class Place:
             self._woken.set_result(error)
 
     def _enter_line(self, may_refuse: bool) -> None:
-        self.may_refuse = may_refuse
-        if may_refuse:
+        self.may_refuse = may_refuse and not self._had_place
+        if self.may_refuse:
             self._line.check_full(self.claim.tenant)
         self._line.insert(self, first=self._had_place)
         self.state = PlaceState.WAITING

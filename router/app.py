@@ -122,6 +122,8 @@ class RouterApp:
 
     async def drain(self, timeout_s: float) -> bool:
         """Take nothing new and wait for what runs; False if something still ran after `timeout_s`."""
+        if self.state is AppState.STOPPED:
+            return True
         self.state = AppState.DRAINING
         self._desk.draining = True
         await self._publish_health()
@@ -166,6 +168,7 @@ class RouterApp:
         stats.local_prompt_tokens = routed.local_tokens
         stats.spilled_prompt_tokens = routed.spilled_tokens
         stats.given_back = self._dispatcher.num_given_back
+        stats.moved = self._dispatcher.num_moved
         stats.in_flight = len(self._desk.running)
         stats.queued = len(self._line)
         stats.queued_tokens = self._line.num_tokens()

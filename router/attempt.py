@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from protos import inference_pb2, worker_pb2
 from router.background import Background
-from router.errors import AttemptFailedError, PreemptedError, RequestMovedError, WorkerFullError
+from router.errors import AttemptFailedError, HandedBackError, PreemptedError, RequestMovedError, WorkerFullError
 from router.inbox import Event, Inbox
 from router.info import WorkerLife
 from router.job import Chunk, Ending, Job
@@ -269,6 +269,10 @@ class Attempt:
         if finish == worker_pb2.ENGINE_FINISH_PREEMPTED:
             self.state = AttemptState.DONE
             self._failure = self._failure or PreemptedError(f"worker {self._decode.info.label} gave it back")
+            return worker_pb2.ENGINE_FINISH_NONE
+        if finish == worker_pb2.ENGINE_FINISH_HANDED_BACK:
+            self.state = AttemptState.DONE
+            self._failure = self._failure or HandedBackError(f"worker {self._decode.info.label} handed it back")
             return worker_pb2.ENGINE_FINISH_NONE
         if output is not self._first:
             self.state = AttemptState.DONE

@@ -17,7 +17,14 @@ from router.attempt import Attempt, AttemptContext, Emit
 from router.background import Background
 from router.chooser import Chooser
 from router.config import RouterConfig
-from router.errors import AttemptFailedError, PreemptedError, SlowClientError, UnavailableError, WorkerFullError
+from router.errors import (
+    AttemptFailedError,
+    HandedBackError,
+    PreemptedError,
+    SlowClientError,
+    UnavailableError,
+    WorkerFullError,
+)
 from router.fleet import Fleet
 from router.info import WorkerInfo, WorkerLife, WorkerState
 from router.job import Adoption, Ending, Job
@@ -44,6 +51,8 @@ class Dispatcher:
         self.routed = Routed()
         self.num_given_back = 0
         """Attempts that ended because a decode worker needed the blocks for others."""
+        self.num_moved = 0
+        """Attempts that ended because their decode worker leaves, or has changed its role."""
 
     async def run(self, job: Job, emit: Emit, scope: Scope) -> Ending:
         """Serve a job to its end; RouterError if that is not to be. The scope ends every wait in here."""
@@ -62,7 +71,7 @@ class Dispatcher:
             while True:
                 job.awaited = "a place in the line"
                 await place.turn(may_refuse=not job.emitted)
-                since = max(arrived, job.attempts.failed_at)
+                since = max(arrived, job.attempts.ended_at)
                 route = await self._route(job, full, since, insists=place.may_insist())
                 if route is None:
                     full = frozenset()
@@ -74,7 +83,7 @@ class Dispatcher:
                     return await self._try(job, attempt, route, place, emit)
                 except WorkerFullError as error:
                     full |= {error.worker} if error.worker is not None else attempt.took_part()
-                except PreemptedError as error:
+                except (PreemptedError, HandedBackError) as error:
                     self._given_back(job, error)
                 except AttemptFailedError as error:
                     self._failed(job, attempt, error)
@@ -92,7 +101,7 @@ class Dispatcher:
             return await attempt.follow(emit) if await attempt.adopt() else None
         except WorkerFullError:
             return None
-        except PreemptedError as error:
+        except (PreemptedError, HandedBackError) as error:
             self._given_back(job, error)
             return None
         except AttemptFailedError as error:
@@ -137,10 +146,15 @@ class Dispatcher:
         self._line.news()
         return ending
 
-    def _given_back(self, job: Job, error: PreemptedError) -> None:
-        job.num_preemptions += 1
-        self.num_given_back += 1
-        logger.info("preempted: %s", error, extra={"request_id": job.request_id, "num_emitted": len(job.emitted)})
+    def _given_back(self, job: Job, error: PreemptedError | HandedBackError) -> None:
+        """Nobody has failed: the request goes before its class, and on with the tokens that the client has."""
+        job.attempts.given_back()
+        if isinstance(error, PreemptedError):
+            job.num_preemptions += 1
+            self.num_given_back += 1
+        else:
+            self.num_moved += 1
+        logger.info("given back: %s", error, extra={"request_id": job.request_id, "num_emitted": len(job.emitted)})
 
     def _failed(self, job: Job, attempt: Attempt, error: AttemptFailedError) -> None:
         logger.warning(

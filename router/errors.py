@@ -19,6 +19,7 @@ Inside the router, never seen by a client:
 WorkerError                   one attempt cannot go on
 ├── WorkerFullError           the worker has no room now; another one, or a later moment, may
 ├── PreemptedError            the worker needed its blocks for others; no failure, another attempt goes on
+├── HandedBackError           the worker leaves or has changed its role; no failure, another attempt goes on
 └── AttemptFailedError        the attempt is lost; another attempt may succeed
     └── WorkerLostError       the worker that served it is gone
 StoreError
@@ -161,6 +162,10 @@ class WorkerFullError(WorkerError):
 
 class PreemptedError(WorkerError):
     """The worker gave the request back, for its blocks were needed by others."""
+
+
+class HandedBackError(WorkerError):
+    """The worker gave the request back, for it leaves or has changed its role."""
 
 
 class AttemptFailedError(WorkerError):

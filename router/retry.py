@@ -20,8 +20,8 @@ class Attempts:
         self.number = first - 1
         """Of the present attempt; the one before the first: none yet."""
         self.num_failed = 0
-        self.failed_at = 0.0
-        """When the last one failed, on the loop's clock."""
+        self.ended_at = 0.0
+        """When the last one failed, or was given back, on the loop's clock."""
         self.excluded: frozenset[WorkerLife] = frozenset()
         self.avoided: frozenset[WorkerLife] = frozenset()
         self._max_attempts = max_attempts
@@ -32,13 +32,17 @@ class Attempts:
         self.number += 1
         return self.number
 
+    def given_back(self) -> None:
+        """Record that a worker gave the request back: no failure, but another worker may be awaited anew."""
+        self.ended_at = asyncio.get_running_loop().time()
+
     def failed(self, error: AttemptFailedError, took_part: frozenset[WorkerLife]) -> None:
         """Record a failure; UnavailableError when that was the last attempt.
 
         A worker that the error names is excluded; if it names nobody, all that took part are avoided.
         """
         self.num_failed += 1
-        self.failed_at = asyncio.get_running_loop().time()
+        self.ended_at = asyncio.get_running_loop().time()
         if error.worker is not None:
             self.excluded |= {error.worker}
         else:

@@ -97,6 +97,8 @@ class RouterStats:
     """What prefill did not hide of the transfer."""
     given_back: int = 0
     """Attempts that ended because a decode worker needed their blocks for others; each went on with another one."""
+    moved: int = 0
+    """Attempts that ended because their decode worker leaves, or has changed its role; likewise."""
     refused: dict[str, int] = field(default_factory=dict)
     """Refused for what waits already, by reason: `full` or `tenant_full`; `deadline` or `ttft_slo` where that would be
     missed; `waited` where that was known only later."""

@@ -52,6 +52,7 @@ class Peer:
         self.outputs: queue.Queue[pb.TokenOutput] = queue.Queue()
         self.told = pb.WorkerStats()
         """The statistics that came last by themselves."""
+        self.told_draining = False
         self._replies: dict[int, queue.Queue[pb.EngineReply]] = {}
         self._ids = itertools.count(1)
         self.host.start()
@@ -101,6 +102,7 @@ class Peer:
             self._replies.pop(event.reply.call_id).put(event.reply)
         else:
             self.told = event.step.stats
+            self.told_draining = event.step.draining
             for router in event.step.outputs:
                 for output in router.outputs:
                     self.outputs.put(output)

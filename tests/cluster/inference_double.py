@@ -51,6 +51,11 @@ class Double(InferenceServicer):
     tokens_per_message: int = 1
     paced: bool = False
     address: str = ""
+    unavailable_at: int | None = None
+    """Ends a call with UNAVAILABLE instead of the token at this position; -1: before it is accepted."""
+    running: dict[str, pb.GenerateRequest] = field(default_factory=dict)
+    """By request_id: what may be resumed, at whoever shares this."""
+    resumed_from: list[int] = field(default_factory=list)
 
     async def Generate(self, request, context) -> AsyncIterator[pb.GenerateEvent]:
         self.requests.append(request)
@@ -59,28 +64,34 @@ class Double(InferenceServicer):
         words = request.text if request.HasField("text") else ""
         if words.startswith("fail:"):
             await context.abort_with_status(rpc_status.to_status(failure(words)))
-        yield pb.GenerateEvent(
-            accepted=pb.Accepted(
-                request_id=request.request_id or "drawn",
-                model="double",
-                num_prompt_tokens=len(prompt),
-                seed=request.sampling.seed,
-            )
-        )
+        if self.unavailable_at == -1:
+            await context.abort_with_status(rpc_status.to_status(_status(code_pb2.UNAVAILABLE, "about to stop")))
+        self.running[request.request_id or "drawn"] = request
+        yield accepted(request, prompt)
         try:
-            async for event in self._answer(request, prompt, words):
+            async for event in self._answer(request, prompt, words, context):
                 yield event
         except asyncio.CancelledError:
             self.cancelled.set()
             raise
 
-    async def _answer(self, request, prompt, words) -> AsyncIterator[pb.GenerateEvent]:
+    async def Resume(self, request, context) -> AsyncIterator[pb.GenerateEvent]:
+        self.resumed_from.append(request.next_offset)
+        known = self.running[request.request_id]
+        prompt = prompt_ids(known)
+        yield accepted(known, prompt)
+        async for event in self._answer(known, prompt, "", context, request.next_offset):
+            yield event
+
+    async def _answer(self, request, prompt, words, context, first=0) -> AsyncIterator[pb.GenerateEvent]:
         if words == "break:end":
             return
         num_tokens = request.sampling.max_tokens or 4
         ids = answer_ids(prompt, num_tokens)
-        for offset in range(0, num_tokens, self.tokens_per_message):
+        for offset in range(first, num_tokens, self.tokens_per_message):
             await asyncio.sleep(self.step_s)
+            if offset == self.unavailable_at:
+                await context.abort_with_status(rpc_status.to_status(_status(code_pb2.UNAVAILABLE, "about to stop")))
             part = ids[offset : offset + self.tokens_per_message]
             tokens = pb.Tokens(offset=offset + (words == "break:gap"), token_ids=part, text=answer_text(part))
             if request.sampling.HasField("logprobs"):
@@ -111,6 +122,17 @@ class Double(InferenceServicer):
     async def Tokenize(self, request, context) -> pb.TokenizeResponse:
         text = request.text if request.HasField("text") else chat_text(request.chat)
         return pb.TokenizeResponse(token_ids=[ord(each) for each in text], text=text)
+
+
+def accepted(request: pb.GenerateRequest, prompt: list[int]) -> pb.GenerateEvent:
+    return pb.GenerateEvent(
+        accepted=pb.Accepted(
+            request_id=request.request_id or "drawn",
+            model="double",
+            num_prompt_tokens=len(prompt),
+            seed=request.sampling.seed,
+        )
+    )
 
 
 def chat_text(chat: pb.Chat) -> str:

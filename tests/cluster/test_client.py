@@ -53,6 +53,70 @@ def test_the_key_travels_with_every_call(double):
     assert "authorization" not in double.metadata[-1]
 
 
+class TestSeveralRouters:
+    """One that refuses, or goes, is left for the next one as far as nobody could notice."""
+
+    @pytest.fixture
+    def routers(self):
+        running: dict[str, GenerateRequest] = {}
+        with serve(Double(running=running)) as first, serve(Double(running=running)) as second:
+            yield first, second
+
+    @staticmethod
+    def ask(*addresses, times=1, **fields):
+        async def run():
+            answers = []
+            async with Client(*(Endpoint(address=address) for address in addresses)) as client:
+                for _ in range(times):
+                    answer = Answer()
+                    request = GenerateRequest(text="ab", sampling=Sampling(max_tokens=6), **fields)
+                    async for event in client.generate(request):
+                        answer.add(event)
+                    answers.append(answer.token_ids)
+                await client.list_models()
+            return answers
+
+        return asyncio.run(run())
+
+    @pytest.mark.parametrize("unavailable_at", [-1, 0])
+    @pytest.mark.parametrize("resumable", [False, True])
+    def test_the_next_one_serves_what_was_refused_before_its_first_token(self, routers, unavailable_at, resumable):
+        first, second = routers
+        first.unavailable_at = unavailable_at
+        expected = answer_ids([97, 98], 6)
+        answers = self.ask(first.address, second.address, times=3, deadline_s=30, resumable=resumable)
+        assert answers == [expected] * 3
+        assert (len(first.requests), len(second.requests)) == (1, 3), "who refused is not asked first again"
+        asked, again = first.requests[0], second.requests[0]
+        if resumable:
+            assert asked == again, "by its id and its body it is the same"
+            assert asked.request_id
+        else:
+            assert 20 < again.deadline_s < asked.deadline_s
+
+    def test_one_that_is_gone_is_as_one_that_refuses(self, routers):
+        answers = self.ask("127.0.0.1:1", routers[1].address, times=2)
+        assert answers == [answer_ids([97, 98], 6)] * 2
+
+    def test_a_resumable_request_goes_on_where_it_was(self, routers):
+        first, second = routers
+        first.unavailable_at, second.unavailable_at = 2, 4
+        first.resumed_from.clear()
+        assert self.ask(first.address, second.address, resumable=True) == [answer_ids([97, 98], 6)]
+        assert (second.resumed_from, first.resumed_from) == ([2], [4])
+
+    def test_a_plain_one_that_has_tokens_ends_and_so_does_one_that_all_refuse(self, routers):
+        first, second = routers
+        first.unavailable_at = 2
+        with pytest.raises(StatusError, match="UNAVAILABLE"):
+            self.ask(first.address, second.address)
+        assert not second.requests
+        first.unavailable_at = second.unavailable_at = -1
+        with pytest.raises(StatusError, match="UNAVAILABLE"):
+            self.ask(first.address, second.address, resumable=True)
+        assert (len(first.requests), len(second.requests)) == (2, 1)
+
+
 def test_unary_calls(double):
     chat = Chat(messages=[ChatMessage(role="user", content="hi")])
 

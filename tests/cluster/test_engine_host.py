@@ -3,9 +3,10 @@
 import sys
 import threading
 import time
+from dataclasses import replace
 
 from protos import worker_pb2 as pb
-from tests.session_pair import TIMEOUT_S, Peer, make_request, reserve
+from tests.session_pair import ROUTER, TIMEOUT_S, Peer, make_request, reserve, start_prefill
 
 ABORT = pb.AbortRequest(request_id="a")
 
@@ -106,3 +107,76 @@ def test_a_role_is_taken_with_its_share_of_prompts_and_kept_for_the_next_epoch(t
         peer.session = peer.host.open_session(peer._take)
         start.role.CopyFrom(again)
         assert peer.call(pb.EngineCommand(start=start)).description.role == "prefill"
+
+
+def outputs_until(peer: Peer, names: set[str], *before: pb.TokenOutput) -> dict[str, list[pb.TokenOutput]]:
+    """What is said of requests, and was said before, until each of them has ended."""
+    said = {name: [output for output in before if output.request_id == name] for name in names}
+    while any(not outputs or not outputs[-1].finish for outputs in said.values()):
+        output = peer.outputs.get(timeout=TIMEOUT_S)
+        said[output.request_id].append(output)
+    return said
+
+
+def test_what_generates_is_handed_back_with_all_its_tokens_told(tiny_llama, tmp_path):
+    with Peer("d", tiny_llama, tmp_path) as peer:
+        for name in ("a", "b"):
+            reserve(peer, make_request(name, [5] * 20, max_tokens=3000), local_prefill=True)
+        first = peer.outputs.get(timeout=TIMEOUT_S)
+        reply = peer.call(pb.EngineCommand(hand_back=pb.HandBack(reason="of a test")))
+        assert reply.stats.num_running == 0
+        for outputs in outputs_until(peer, {"a", "b"}, first).values():
+            assert outputs[-1].finish == pb.ENGINE_FINISH_HANDED_BACK
+            assert [output.offset for output in outputs] == list(range(len(outputs)))
+            assert outputs[-1].offset == sum(len(output.token_ids) for output in outputs)
+        stats = peer.check()
+        assert stats.free_blocks == stats.num_blocks
+        assert reserve(peer, make_request("c", [5] * 20), local_prefill=True).WhichOneof("result") == "reserve"
+        assert len(peer.stream("c")) == 12
+
+
+def test_what_is_reserved_is_handed_back_once_its_kv_is_home(tiny_llama, tmp_path):
+    with Peer("p", tiny_llama, tmp_path) as prefill, Peer("d", tiny_llama, tmp_path) as decode:
+        request = make_request("a", range(5, 105))
+        ticket = reserve(decode, request).reserve.ticket
+        assert decode.call(pb.EngineCommand(hand_back=pb.HandBack())).stats.num_reserved == 1
+        reply = start_prefill(prefill, request, ticket).get(timeout=TIMEOUT_S)
+        assert len(reply.prefill.first.token_ids) == 1
+        (output,) = outputs_until(decode, {"a"})["a"]
+        assert (output.finish, output.offset) == (pb.ENGINE_FINISH_HANDED_BACK, 1)
+        stats = decode.check()
+        assert stats.free_blocks == stats.num_blocks
+        assert stats.findable_blocks == 6, "what came may be found by the next one"
+
+
+def test_a_reservation_that_is_to_be_handed_back_may_be_aborted_and_its_ticket_may_fail(tiny_llama, tmp_path):
+    with Peer("d", tiny_llama, tmp_path) as peer:
+        for name in ("a", "b"):
+            reserve(peer, make_request(name, [5] * 20))
+        peer.call(pb.EngineCommand(hand_back=pb.HandBack()))
+        assert peer.call(pb.EngineCommand(abort_decode=ABORT)).abort.found
+        peer.send(pb.EngineCommand(router_gone=pb.RouterGone(router_id=ROUTER)))
+        assert peer.host.drain(10.0)
+        stats = peer.check()
+        assert (stats.free_blocks, stats.num_reserved) == (stats.num_blocks, 0)
+
+
+def test_orphans_are_not_handed_back(tiny_llama, tmp_path):
+    with Peer("d", tiny_llama, tmp_path) as peer:
+        request = replace(make_request("a", [5] * 20, max_tokens=3000), resumable=True)
+        reserve(peer, request, local_prefill=True)
+        peer.outputs.get(timeout=TIMEOUT_S)
+        peer.call(pb.EngineCommand(hand_back=pb.HandBack()))
+        assert outputs_until(peer, {"a"})["a"][-1].finish == pb.ENGINE_FINISH_HANDED_BACK
+        reserve(peer, replace(request, attempt=1), local_prefill=True)
+        peer.outputs.get(timeout=TIMEOUT_S)
+        peer.send(pb.EngineCommand(router_gone=pb.RouterGone(router_id=ROUTER)))
+        assert peer.call(pb.EngineCommand(hand_back=pb.HandBack())).stats.num_running == 1
+
+
+def test_a_drain_hands_back_what_would_take_too_long(tiny_llama, tmp_path):
+    with Peer("d", tiny_llama, tmp_path) as peer:
+        reserve(peer, make_request("a", [5] * 20, max_tokens=4000), local_prefill=True)
+        assert peer.host.drain(30.0, 0.05)
+        assert outputs_until(peer, {"a"})["a"][-1].finish == pb.ENGINE_FINISH_HANDED_BACK
+        assert peer.told_draining

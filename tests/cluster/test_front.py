@@ -1,6 +1,7 @@
 """What a front says of itself as its engine comes and goes."""
 
 import asyncio
+import math
 
 import pytest
 
@@ -41,11 +42,12 @@ def test_a_front_without_its_engine_is_starting_again(tmp_path):
 
 
 class Told(EchoSession):
-    """An engine that takes roles."""
+    """An engine that takes roles, and has requests until it is to hand them back."""
 
-    def __init__(self, send, log: list, roles: list[pb.SetRole]) -> None:
+    def __init__(self, send, log: list, roles: list[pb.SetRole], num_running: int = 0) -> None:
         super().__init__(send, log)
         self.roles = roles
+        self.num_running = num_running
 
     def handle(self, command: pb.EngineCommand) -> None:
         kind = command.WhichOneof("command")
@@ -54,15 +56,22 @@ class Told(EchoSession):
         elif kind == "set_role":
             self.roles.append(command.set_role)
             self.send(pb.EngineEvent(reply=pb.EngineReply(call_id=command.call_id, description=pb.WorkerDescription())))
-        elif kind == "hand_back":
-            self.send(pb.EngineEvent(reply=pb.EngineReply(call_id=command.call_id, stats=pb.WorkerStats())))
-        super().handle(command)
+        elif kind in ("hand_back", "drain"):
+            self.num_running = 0 if kind == "hand_back" else self.num_running
+            stats = pb.WorkerStats(num_running=self.num_running)
+            self.send(pb.EngineEvent(reply=pb.EngineReply(call_id=command.call_id, stats=stats)))
+            self.send(pb.EngineEvent(step=pb.StepEvent(stats=stats)))
+        if kind != "renew":
+            super().handle(command)
+        else:
+            stats = pb.WorkerStats(num_running=self.num_running)
+            self.send(pb.EngineEvent(reply=pb.EngineReply(call_id=command.call_id, stats=stats)))
 
 
 class Scene:
     """A front with an engine that takes roles."""
 
-    def __init__(self, tmp_path, store: MemoryStore, **options) -> None:
+    def __init__(self, tmp_path, store: MemoryStore, num_running: int = 0, **options) -> None:
         self.store = store
         self.roles: list[pb.SetRole] = []
         self.log: list[str] = []
@@ -71,7 +80,7 @@ class Scene:
         self.options = FrontOptions(
             worker_id="w", host="127.0.0.1", socket_path=path, secret=b"secret", **settings | options
         )
-        self.engine = EngineServer(path, lambda send: Told(send, self.log, self.roles))
+        self.engine = EngineServer(path, lambda send: Told(send, self.log, self.roles, num_running))
         self.front = WorkerFront(self.options, store)
 
     async def __aenter__(self) -> "Scene":
@@ -145,5 +154,48 @@ def test_a_role_that_cannot_be_changes_nothing(tmp_path):
         async with Scene(tmp_path, MemoryStore(), pool="decode", role="both") as scene:
             with pytest.raises(ValueError, match="both roles for good"):
                 await scene.front.set_role("prefill", 10.0)
+
+    asyncio.run(main())
+
+
+def test_a_front_that_leaves_gives_everybody_who_asks_the_same_answer(tmp_path):
+    async def main() -> None:
+        async with Scene(tmp_path, MemoryStore(), num_running=1) as scene:
+            first = asyncio.create_task(scene.front.leave(10.0, 0.3))
+            await scene.until(lambda: scene.front.state is FrontState.DRAINING)
+            with pytest.raises(ValueError, match="is DRAINING: its role changes no more"):
+                await scene.front.set_role("prefill", 10.0)
+            assert len(await scene.listed()) == 1, "it is listed as long as it has something"
+            second = asyncio.create_task(scene.front.leave(0.0, 0.0))
+            await asyncio.sleep(0.1)
+            assert not second.done()
+            assert "hand_back" not in scene.log
+            assert await first == await second == await scene.front.leave(1.0, 1.0)
+            assert first.result()["finished"]
+            assert scene.log.count("hand_back") == 1
+            assert scene.front.state is FrontState.STOPPED
+            assert await scene.listed() == []
+
+    asyncio.run(main())
+
+
+def test_a_front_leaves_when_its_time_is_up(tmp_path):
+    async def main() -> None:
+        async with Scene(tmp_path, MemoryStore(), num_running=1) as scene:
+            answer = await scene.front.leave(0.3, math.inf)
+            assert not answer["finished"]
+            assert "hand_back" not in scene.log
+            assert scene.front.state is FrontState.STOPPED
+
+    asyncio.run(main())
+
+
+def test_a_front_drains_while_its_engine_process_leaves_and_serves_with_the_next_one(tmp_path):
+    async def main() -> None:
+        async with Scene(tmp_path, MemoryStore()) as scene:
+            scene.front._on_step(pb.StepEvent(draining=True))
+            assert scene.front.state is FrontState.DRAINING
+            await scene.front.link.restart()
+            await scene.until(lambda: scene.front.link.epoch == 2 and scene.front.state is FrontState.SERVING)
 
     asyncio.run(main())

@@ -79,7 +79,7 @@ def test_a_call_for_another_life_or_a_draining_worker_is_refused(scene: Callable
         assert await prefill.front.drain(DEADLINE_S)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await meet(request_for(prefill, decode))
-        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert prefill.front.link.stats.num_pairs == 0
 
     scene(scenario)

@@ -46,6 +46,10 @@ class Behaviour:
     """Answers FAILED instead of the token at this position, once."""
     preempt_at: set[int] = field(default_factory=set)
     """Gives the request back instead of the token at one of these positions, once each."""
+    hand_back_at: set[int] = field(default_factory=set)
+    """The same, for it leaves."""
+    refuses_as_draining: bool = False
+    """Takes nothing, and says why, although it has not told that it drains."""
     unavailable: bool = False
     silent: bool = False
     """Like a stopped process: connections stay, nothing is said."""
@@ -217,17 +221,18 @@ class FakeWorker:
                     offset=running.known,
                 )
             ]
-        if running.known in self.behaviour.preempt_at:
-            self.behaviour.preempt_at.discard(running.known)
-            del self.running[request.request_id]
-            return [
-                worker_pb2.TokenOutput(
-                    request_id=request.request_id,
-                    attempt=request.attempt,
-                    finish=worker_pb2.ENGINE_FINISH_PREEMPTED,
-                    offset=running.known,
-                )
-            ]
+        for positions, finish in (
+            (self.behaviour.preempt_at, worker_pb2.ENGINE_FINISH_PREEMPTED),
+            (self.behaviour.hand_back_at, worker_pb2.ENGINE_FINISH_HANDED_BACK),
+        ):
+            if running.known in positions:
+                positions.discard(running.known)
+                del self.running[request.request_id]
+                return [
+                    worker_pb2.TokenOutput(
+                        request_id=request.request_id, attempt=request.attempt, finish=finish, offset=running.known
+                    )
+                ]
         output = self.output(request, running.known)
         if running.first_output:
             running.first_output = False
@@ -253,6 +258,9 @@ class _Service:
             await asyncio.Event().wait()
         if self.worker.behaviour.unavailable:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "told to")
+        if epoch is not None and self.worker.behaviour.refuses_as_draining:
+            self.worker.num_refused += 1
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "this worker is draining")
         if epoch is not None and epoch != self.worker.epoch:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this is epoch {self.worker.epoch}")
 

@@ -116,6 +116,70 @@ def test_a_request_that_is_given_back_goes_on_through_the_prefill_pool(model: Pa
     run(scenario())
 
 
+def test_a_request_that_its_worker_hands_back_goes_on_at_another_one(model: Path) -> None:
+    """Neither a failure nor a preemption, however few attempts there are."""
+
+    async def scenario() -> None:
+        async with cluster(model, decode=2, max_attempts=1) as made:
+            for name, positions in (("d0", {3, 7}), ("d1", {3, 7, 11})):
+                made.workers[name].behaviour.hand_back_at = positions
+            answer = await made.ask(ask("r1", num=20))
+            assert answer.token_ids == expected_answer(PROMPT, 20)
+            stats = made.app.stats()
+            assert (stats.failed_attempts, stats.given_back) == (0, 0)
+            assert stats.moved >= 2
+            told = [(len(request.resume_from), request.num_preemptions) for request in made.workers["p0"].received]
+            assert told[:2] == [(0, 0), (3, 0)]
+            assert not any(num for _, num in told)
+            assert not made.workers["d0"].aborts + made.workers["d1"].aborts
+            await made.idle()
+
+    run(scenario())
+
+
+def test_one_that_is_handed_back_waits_for_a_worker_that_comes_back_in_time(model: Path) -> None:
+    """The grace counts from then on, however long the request has been running, and its end is UNAVAILABLE."""
+
+    async def scenario() -> None:
+        async with cluster(model, max_attempts=1, no_worker_grace_s=0.3) as made:
+            worker = made.workers["d0"]
+            worker.behaviour.step_s = 0.05
+            for comes_back in (True, False):
+                call = asyncio.create_task(made.ask(ask(num=20)) if comes_back else made.refused(ask(num=20)))
+                await eventually(lambda: worker.running)
+                worker.set_role("prefill")
+                await asyncio.sleep(0.5)
+                assert worker.running, "what runs stays"
+                position = next(iter(worker.running.values())).known + 1
+                worker.behaviour.hand_back_at = {position}
+                await eventually(lambda: not worker.running)
+                if comes_back:
+                    worker.set_role("decode")
+                    assert (await call).token_ids == expected_answer(PROMPT, 20)
+                else:
+                    refusal = await call
+                    assert refusal.code is grpc.StatusCode.UNAVAILABLE
+                    assert "no decode worker is ready" in refusal.message
+            await made.idle()
+
+    run(scenario())
+
+
+def test_a_worker_that_drains_already_costs_no_attempt(model: Path) -> None:
+    async def scenario() -> None:
+        async with cluster(model, prefill=2, decode=2, max_attempts=1, policy="round_robin") as made:
+            made.workers["d0"].behaviour.refuses_as_draining = True
+            made.workers["p1"].behaviour.refuses_as_draining = True
+            answers = await asyncio.gather(*(made.ask(ask(num=5)) for _ in range(8)))
+            assert all(answer.token_ids == expected_answer(PROMPT, 5) for answer in answers)
+            assert made.workers["d0"].num_refused > 0
+            assert made.workers["p1"].num_refused > 0
+            assert made.app.stats().failed_attempts == 0
+            await made.idle()
+
+    run(scenario())
+
+
 def test_only_worker_of_a_role_may_try_again(model: Path) -> None:
     async def scenario() -> None:
         async with cluster(model) as made:

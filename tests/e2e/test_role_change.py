@@ -1,0 +1,179 @@
+"""Workers change their roles and leave under load: no request fails, no token is lost, repeated or another one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import random
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from cluster.front import FrontState
+from engine.config import CacheOptions, EngineOptions, ModelOptions
+from engine.engine import Engine, tokens_of
+from protos import inference_pb2 as pb
+from router.config import RouterConfig
+from tests.mini_cluster import DEADLINE_S, Answer, MiniCluster, Shape
+from tests.session_pair import make_request
+
+NUM_CLIENTS = 6
+MOVE_AFTER_S = 0.1
+LENGTHS = ((20, 150), (150, 40), (333, 80), (5, 250), (64, 120), (200, 8))
+"""Of prompts and their answers."""
+
+
+def prompt_of(length: int) -> list[int]:
+    return random.Random(length).choices(range(3, 400), k=length)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_llama) -> list[list[int]]:
+    """What one undisturbed engine says."""
+    cache = CacheOptions(block_size=16, num_blocks=256)
+    requests = [make_request(f"{length}", prompt_of(length), max_tokens=num) for length, num in LENGTHS]
+    with Engine(ModelOptions(path=str(tiny_llama)), cache, EngineOptions(max_step_tokens=64)) as engine:
+        return [list(tokens_of(outputs)) for outputs in engine.generate(requests)]
+
+
+@dataclass
+class Load:
+    """Clients that ask again and again."""
+
+    served: asyncio.Condition = field(default_factory=asyncio.Condition)
+    num_served: int = 0
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+
+    async def more(self, num: int) -> None:
+        """Wait until so many more are served; a client that failed says so."""
+        until = self.num_served + num
+        async with asyncio.timeout(DEADLINE_S), self.served:
+            await self.served.wait_for(lambda: self.num_served >= until or any(task.done() for task in self.tasks))
+        for task in self.tasks:
+            if task.done():
+                task.result()
+
+
+@contextlib.asynccontextmanager
+async def load_on(cluster: MiniCluster, expected: list[list[int]], *, resumable: bool) -> AsyncIterator[Load]:
+    """Serve clients meanwhile, whose every token is looked at; at the end they have their last answers."""
+    load, goes_on = Load(), True
+    numbers = itertools.count()
+
+    async def client() -> None:
+        while goes_on:
+            number = next(numbers)
+            (length, num), tokens = LENGTHS[number % len(LENGTHS)], expected[number % len(LENGTHS)]
+            sampling = pb.Sampling(max_tokens=num, ignore_eos=True)
+            ids = pb.TokenIds(ids=prompt_of(length))
+            request = pb.GenerateRequest(token_ids=ids, sampling=sampling, resumable=resumable)
+            answer: Answer = await cluster.generate(request)
+            assert answer.token_ids == tokens
+            async with load.served:
+                load.num_served += 1
+                load.served.notify_all()
+
+    load.tasks = [asyncio.create_task(client()) for _ in range(NUM_CLIENTS)]
+    try:
+        yield load
+        goes_on = False
+        async with asyncio.timeout(DEADLINE_S):
+            await asyncio.gather(*load.tasks)
+    finally:
+        for task in load.tasks:
+            task.cancel()
+        await asyncio.gather(*load.tasks, return_exceptions=True)
+
+
+def run(tiny_llama, directory, scenario) -> None:
+    shape = Shape(
+        model=ModelOptions(path=str(tiny_llama)),
+        num_prefill=2,
+        num_decode=2,
+        options=EngineOptions(max_step_tokens=64, max_running=8),
+        router=RouterConfig(port=0, max_attempts=1),
+    )
+
+    async def main() -> None:
+        async with MiniCluster(shape, directory) as cluster:
+            await scenario(cluster)
+            await cluster.until_idle()
+            cluster.router.check_integrity()
+            stats = cluster.router.stats()
+            assert stats.failed_attempts == stats.given_back == 0
+            assert set(stats.outcomes) == {"length"}
+
+    asyncio.run(main())
+
+
+async def leave(cluster: MiniCluster, worker_id: str) -> None:
+    """Drain one worker; it has left nothing behind."""
+    worker = cluster.workers.pop(worker_id)
+    both = [asyncio.create_task(worker.front.leave(30.0, MOVE_AFTER_S)) for _ in range(2)]
+    answers = await asyncio.gather(*both, worker.front.leave(0.0, 0.0))
+    assert answers[0] == answers[1] == answers[2], "whoever asks hears of the same end"
+    assert answers[0]["finished"]
+    assert worker.front.state is FrontState.STOPPED
+    assert worker_id not in [record.worker_id for record in await cluster.store.workers()]
+    pool = worker.host.engine.pool
+    assert pool.num_free == pool.num_blocks
+
+
+@pytest.mark.parametrize("resumable", [False, True])
+def test_roles_change_under_load(tiny_llama, tmp_path, expected, resumable):
+    async def scenario(cluster: MiniCluster) -> None:
+        async with load_on(cluster, expected, resumable=resumable) as load:
+            await load.more(6)
+            for worker_id, role in (
+                ("decode-1", "prefill"),
+                ("prefill-1", "decode"),
+                ("prefill-0", "decode"),
+                ("decode-0", "prefill"),
+                ("prefill-1", "prefill"),
+                ("decode-1", "decode"),
+            ):
+                await cluster.workers[worker_id].front.set_role(role, 10.0, MOVE_AFTER_S)
+                await load.more(8)
+                await asyncio.sleep(2 * MOVE_AFTER_S)
+        roles = {info.worker_id: info.role for info in cluster.router._fleet.workers()}
+        assert roles == {"decode-0": "prefill", "decode-1": "decode", "prefill-0": "decode", "prefill-1": "prefill"}
+        assert roles == {record.worker_id: record.role for record in await cluster.store.workers()}
+        assert cluster.router.stats().moved > 0
+
+    run(tiny_llama, tmp_path, scenario)
+
+
+def test_workers_of_each_role_drain_under_load(tiny_llama, tmp_path, expected):
+    async def scenario(cluster: MiniCluster) -> None:
+        async with load_on(cluster, expected, resumable=False) as load:
+            await load.more(6)
+            await leave(cluster, "decode-0")
+            await load.more(6)
+            await leave(cluster, "prefill-1")
+            await load.more(6)
+            await cluster.add_worker("decode-2", "decode")
+            await load.more(6)
+            await leave(cluster, "decode-1")
+            await load.more(6)
+        assert cluster.router.stats().moved > 0
+
+    run(tiny_llama, tmp_path, scenario)
+
+
+def test_an_engine_process_that_is_to_end_drains_through_its_front(tiny_llama, tmp_path, expected):
+    async def scenario(cluster: MiniCluster) -> None:
+        async with load_on(cluster, expected, resumable=False) as load:
+            await load.more(6)
+            for worker_id in ("decode-0", "prefill-0"):
+                worker = cluster.workers.pop(worker_id)
+                assert await asyncio.to_thread(worker.host.drain, 30.0, MOVE_AFTER_S)
+                assert worker.front.state is FrontState.DRAINING
+                await asyncio.to_thread(worker.host.stop)
+                pool = worker.host.engine.pool
+                assert pool.num_free == pool.num_blocks
+                await load.more(6)
+        assert cluster.router.stats().moved > 0
+
+    run(tiny_llama, tmp_path, scenario)
