@@ -79,7 +79,7 @@ def scale(asked: dict[str, int], waits: bool, timeout_s: float | None, as_json: 
 
 
 def _sizes_said(wish: Wish, *, is_new: bool) -> str:
-    sizes = ", ".join(f"{pool} {size}" for pool, size in wish.sizes.items() if pool in pools_of(wish.config))
+    sizes = ", ".join(f"{pool} {wish.sizes[pool]}" for pool in pools_of(wish.config))
     said = [f"{'Wanted now' if is_new else 'Nothing to do, wanted already'}: {sizes}."]
     scaling = wish.config["scaling"]
     if scaling["mode"] == "on":

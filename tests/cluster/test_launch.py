@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from cluster import launch
-from cluster.config import ClusterConfig, ObservabilityConfig, from_plain
+from cluster.config import ClusterConfig, ObservabilityConfig, from_plain, to_plain
 from cluster.run_dir import RunDir
 from router.config import RouterConfig
+from tests.cluster.wanted_cluster import WantedCluster
 from tests.engine.checkpoints import CheckpointFamily, make_checkpoint
 
 
@@ -51,3 +52,26 @@ def test_a_broken_header_is_refused(config: ClusterConfig, run_dir: RunDir, tmp_
     (tmp_path / "model" / "config.json").write_text("{")
     with pytest.raises(launch.LaunchError, match=r"config\.json is not valid JSON"):
         launch.check(config, run_dir)
+
+
+def test_beside_what_runs_a_file_is_settled_as_up_did(config: ClusterConfig, run_dir: RunDir, tmp_path: Path) -> None:
+    settled = launch.check(config, run_dir)
+    assert launch.settle(config, to_plain(settled)) == settled
+    asked = dataclasses.replace(config, router=RouterConfig(port=50777))
+    assert launch.settle(asked, to_plain(settled)).router.port == 50777
+    with pytest.raises(launch.LaunchError, match="there is no model at"):
+        launch.settle(from_plain({"model": {"path": "elsewhere"}}), to_plain(settled))
+
+
+def test_a_model_that_is_only_there_is_not_looked_for_here(config: ClusterConfig, run_dir: RunDir) -> None:
+    running = {**to_plain(launch.check(config, run_dir)), "model": {"path": "/only/there"}}
+    asked = from_plain({"model": {"path": "/only/there"}})
+    assert launch.settle(asked, running).model.path == "/only/there"
+
+
+def test_the_drain_is_that_of_what_was_last_applied(wanted: WantedCluster) -> None:
+    generation = wanted.up()
+    assert launch.drain_bound(wanted.run_dir) == 20
+    applied = {**wanted.wish().config, "drain_s": 3.0}
+    wanted.store.change(generation, wanted.store.history()[0], config=applied)
+    assert launch.drain_bound(wanted.run_dir) == 3
