@@ -24,9 +24,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
 
@@ -127,27 +128,48 @@ def fake_nodes(kinds: Mapping[str, NodeKind], *, head_cpus: int = 2, idle_s: flo
 def ray_driver(nodes: FakeNodes, namespace: str) -> Iterator[Driver]:
     """A process that is connected to the cluster: Ray reads how to prove itself once in the life of a process."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, initializer=_connect, initargs=(nodes, namespace)) as executor:
-        try:
-            yield lambda function, *arguments: executor.submit(function, *arguments).result(CALL_S)
-        finally:
-            executor.submit(_disconnect).result(CALL_S)
+    here, there = context.Pipe()
+    process = context.Process(target=_drive, args=(there, nodes, namespace), daemon=True)
+    process.start()
+    there.close()
+
+    def call(function: Callable[..., Any], *arguments: Any) -> Any:
+        here.send((function, arguments))
+        if not here.poll(CALL_S):
+            raise AssertionError(f"{function.__name__} did not return within {CALL_S:g} s")
+        returned, error = here.recv()
+        if error is not None:
+            raise error
+        return returned
+
+    try:
+        yield call
+    finally:
+        here.close()
+        process.join(CALL_S)
+        process.kill()
+        process.join()
+
+
+def _drive(calls: Connection, nodes: FakeNodes, namespace: str) -> None:
+    os.environ.update(nodes.environment)
+    ray: Any = importlib.import_module("ray")
+    ray.init(address=nodes.address, namespace=namespace, log_to_driver=False, configure_logging=False)
+    with contextlib.suppress(EOFError):
+        while True:
+            function, arguments = calls.recv()
+            try:
+                calls.send((function(*arguments), None))
+            except Exception as error:
+                error.add_note(traceback.format_exc())
+                calls.send((None, error))
+    ray.shutdown()
 
 
 def living_kinds() -> list[str]:
     """The kinds of the nodes that live beside the head, in order; to be called in a driver."""
     ray: Any = importlib.import_module("ray")
     return sorted(node["Labels"]["kind"] for node in ray.nodes() if node["Alive"] and "kind" in node["Labels"])
-
-
-def _connect(nodes: FakeNodes, namespace: str) -> None:
-    os.environ.update(nodes.environment)
-    ray: Any = importlib.import_module("ray")
-    ray.init(address=nodes.address, namespace=namespace, log_to_driver=False, configure_logging=False)
-
-
-def _disconnect() -> None:
-    importlib.import_module("ray").shutdown()
 
 
 def until(condition: Callable[[], Any], what: str, timeout_s: float, nodes: FakeNodes) -> float:
@@ -272,9 +294,10 @@ def main() -> None:
     address = start_head(json.loads(Path(sys.argv[1]).read_text()))
     print(json.dumps({"address": address}), file=answer, flush=True)
     sys.stdin.buffer.read()
-    for member in reversed(session_members(ProcessRef.of(os.getpid()))):
+    for member in session_members(ProcessRef.of(os.getpid()))[1:]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(member.pid, signal.SIGKILL)
+    shutil.rmtree(Path(sys.argv[1]).parent, ignore_errors=True)
 
 
 if __name__ == "__main__":

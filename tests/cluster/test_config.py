@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config import ClusterConfig, ConfigError, PoolConfig, from_plain, json_schema, load_config, to_plain
+from cluster.placement import wanted_workers
 from engine.config import ModelOptions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -172,3 +173,12 @@ def test_the_examples_are_valid() -> None:
 def test_reading_the_yaml_loads_neither_torch_nor_ray() -> None:
     code = "import sys, cluster.config; sys.exit(bool({'torch', 'ray'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_the_example_of_two_kinds_of_gpus_asks_ray_for_both_where_there_is_none_yet() -> None:
+    config = load_config(ROOT / "deploy" / "examples" / "two-kinds-of-gpus.yaml")
+    asked = {(plan.pool, *sorted(plan.bundles[1])): plan.labels["market"] for plan in wanted_workers(config, gpus=0)}
+    assert asked == {
+        ("prefill", "CPU", "GPU", "accelerator_type:H100"): "in(spot, on-demand)",
+        ("decode", "CPU", "GPU", "accelerator_type:H200"): "on-demand",
+    }
