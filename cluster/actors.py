@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cluster import grpc_poller, metrics, pairs
 from cluster.config import ClusterConfig, PoolConfig, from_plain
+from cluster.counters import ROUTER_COUNTERS, WORKER_COUNTERS
 from cluster.front import FrontOptions, FrontState, WorkerFront
 from cluster.loop_thread import LoopThread
 from cluster.model_load import LoadTeller
@@ -51,39 +52,6 @@ EXIT_DRAINED = 0
 EXIT_FAILED = 1
 SPLIT_PROMPT_SHARE = 0.25
 """Of a decode worker's steps, where there are prefill workers for the rest."""
-
-WORKER_COUNTERS = (
-    "steps",
-    "computed_tokens",
-    "cached_tokens",
-    "generated_tokens",
-    "preemptions",
-    "sent_bytes",
-    "received_bytes",
-    "digest_mismatches",
-    "lost_peers",
-    "slow_pairs",
-    "retired_pairs",
-)
-ROUTER_COUNTERS = (
-    "outcomes",
-    "accepted",
-    "accepted_prompt_tokens",
-    "sent_tokens",
-    "routed_prompts",
-    "routed_prompt_tokens",
-    "routed_missing_tokens",
-    "routed_missing_squares",
-    "spilled_prompt_tokens",
-    "prompt_tokens",
-    "cached_prompt_tokens",
-    "local_prompt_tokens",
-    "generated_tokens",
-    "failed_attempts",
-    "given_back",
-    "moved",
-    "refused",
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

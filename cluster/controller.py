@@ -132,10 +132,7 @@ class Controller:
         for kind in ("router", "worker"):
             left = max(0.0, until - time.monotonic())
             going = _living([member for member in self._overseer.members if member.kind == kind])
-            asked = {
-                member.member_id: actor.drain.remote(left) if kind == "router" else actor.drain.remote(left, left)
-                for member, actor in going
-            }
+            asked = {member.member_id: actor.drain.remote(left) for member, actor in going}
             if asked:
                 answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=left + 1.0)
                 ready = set(answered)

@@ -217,7 +217,7 @@ class Overseer:
         drained: dict[str, Any] | None = None
         try:
             if name not in self._pending:
-                self._pending[name] = self._hands.drain(member, config.drain_s, config.move_after_s)
+                self._pending[name] = self._hands.drain(member, config.drain_s, config.move_within(config.drain_s))
             drained = self._pending[name].poll()
         except Exception as error:
             drained = {"finished": False, "error": explain(error)}

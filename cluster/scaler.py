@@ -71,7 +71,7 @@ class Scaler:
                 changed_at=dict(self._changed_at),
                 scaling=scaling,
                 ttft_slo_s=scaling.ttft_slo_s or config.router.ttft_slo_s or DEFAULT_TTFT_SLO_S,
-                gpus={**gpus},
+                gpus={str(pool): amount for pool, amount in gpus.items()},
                 split=config.mode == "split",
                 start_s=DEFAULT_START_S if start_s is None else start_s,
                 can_change_role=can_change_role,
