@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from cluster.autoscaler import Inputs, Outcome, decide
@@ -84,16 +83,7 @@ class Scaler:
             return None
         return outcome
 
-    def figures(self) -> dict[str, Any]:
+    def figures(self) -> dict[str, float]:
         """The newest sample, flat."""
-        return _flat(asdict(self._samples[-1])) if self._samples else {}
-
-
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in data.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = round(value, 4) if isinstance(value, float) else value
-    return flat
+        plain = self._samples[-1].to_plain() if self._samples else {}
+        return {name: round(value, 4) for name, value in plain.items()}
