@@ -175,8 +175,8 @@ def router_gap(config: Mapping[str, Any]) -> str:
     if config["router"]["replicas"] > 1:
         return ""
     return (
-        "there is one router, and its successor takes over its port: it ends what runs, and clients that come before the "
-        "successor listens must try again; with `router.replicas: 2` they find the other one"
+        "there is one router, and its successor takes over its port: it ends what runs, and clients that come before "
+        "the successor listens must try again; with `router.replicas: 2` they find the other one"
     )
 
 
