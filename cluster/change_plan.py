@@ -162,9 +162,22 @@ def notes(plan: Plan) -> list[str]:
                 f"{pool} with {size.then} workers is outside scaling.{pool} ({limits['min']} to {limits['max']}): the "
                 "autoscaler brings it there"
             )
+    touched = {kind for change in plan.changes for kind in change.touches}
+    if "router" in touched and plan.needs != "restart" and (gap := router_gap(plan.config)):
+        said.append(gap)
     if plan.changes and plan.needs != "restart" and (problem := size_problem(plan.config, plan.sizes_then)):
         said.append(problem)
     return said
+
+
+def router_gap(config: Mapping[str, Any]) -> str:
+    """What replacing the routers means for clients; empty where they notice nothing."""
+    if config["router"]["replicas"] > 1:
+        return ""
+    return (
+        "there is one router, and its successor takes over its port: it ends what runs, and clients that come before "
+        "the successor listens must try again; with `router.replicas: 2` they find the other one"
+    )
 
 
 def is_refused(plan: Plan) -> str:

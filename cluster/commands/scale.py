@@ -6,7 +6,7 @@ import time
 
 import click
 
-from cluster.change_plan import POOLS, pools_of, size_problem
+from cluster.change_plan import POOLS, pools_of, router_gap, size_problem
 from cluster.cluster_store import Decision, Wish
 from cluster.commands.wish_options import EXIT_CODES, bound_of, cluster_store, see_it_through, wish_options
 from cluster.config_diff import KINDS
@@ -117,5 +117,7 @@ def restart(kinds: tuple[str, ...], waits: bool, timeout_s: float | None, as_jso
         counts = {**wish.sizes, "router": wish.config["router"]["replicas"]}
         if not as_json:
             click.echo(f"Replacing one after another: {', '.join(f'{counts[kind]} {kind}' for kind in which)}.")
+            if "router" in which and (gap := router_gap(wish.config)):
+                click.echo(f"  Note: {gap}.")
         bound = bound_of(wish.config, max(counts[kind] for kind in which)) if timeout_s is None else timeout_s
         see_it_through(store, generation, {"restart": which}, waits=waits, timeout_s=bound, as_json=as_json)

@@ -43,7 +43,8 @@ def _scaling_lines(scaling: Scaling, controller: str) -> list[str]:
     said += [f"  {'waiting' if not index else '':<12} {text}" for index, text in enumerate(scaling.waiting)]
     said += ["", "  " + _POOL.format("pool", "wanted", "ready", "starting", "draining", "missing", "advice").rstrip()]
     said += [f"  {_pool_row(pool)}".rstrip() for pool in scaling.pools]
-    said.append(f"  scaling {scaling.mode}{f': {scaling.reason}' if scaling.reason else ''}")
+    reason = scaling.reason or ("" if scaling.mode == "off" else "no advice yet")
+    said.append(f"  scaling {scaling.mode}{f': {reason}' if reason else ''}")
     budget = ", ".join(_budget(name, used) for name, used in scaling.budget.items() if used.limit is not None)
     return [*said, f"  budget: {budget}"] if budget else said
 

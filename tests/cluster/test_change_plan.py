@@ -82,6 +82,12 @@ def test_colocated_has_no_prefill_pool() -> None:
     assert {meaning(change, made) for change in made.changes} == {"nothing: mode colocated has no prefill pool"}
 
 
+def test_one_router_has_a_gap_and_two_have_none() -> None:
+    routers: dict[str, Any] = {"port": 0, "policy": "round_robin"}
+    assert notes(plan(wish(), plain(router=routers)))[0].startswith("there is one router")
+    assert notes(plan(wish(), plain(router={**routers, "replicas": 2}))) == []
+
+
 def test_a_restart_is_refused_and_its_keys_are_named() -> None:
     made = plan(wish(), plain(mode="colocated", cache={"block_size": 8}, drain_s=1))
     assert made.needs == "restart"
