@@ -127,7 +127,7 @@ def decode_need(samples: Sequence[LoadSample], to: Horizon) -> Need | None:
     late_s = statistics.median(found) if (found := _itls(heard)) else 0.0
     full, by_itl = 1.0, math.inf
     if late_s and load > 0:
-        by_itl = max(load * (scaling.itl_slo_s / late_s) ** (1 / max(grows, 0.2)), min(load, LEAST_LOAD), load / 2)
+        by_itl = max(load * (scaling.itl_slo_s / late_s) ** (1 / max(grows, 0.2)), LEAST_LOAD, load / 2)
         full = min(full, by_itl)
     full *= 1 - scaling.headroom
     # 2. What comes, in requests' KV that is read in a second: that stays the same whatever the number of workers.
