@@ -128,6 +128,28 @@ def test_a_drain_sees_what_was_asked_for_a_moment_ago(tiny_llama, tmp_path):
     run(tiny_llama, tmp_path, scenario)
 
 
+def test_a_router_hears_at_once_of_a_new_role_and_of_a_drain(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(service, "STATS_PERIOD_S", 60.0)
+
+    async def scenario(worker: MiniWorker, stub: Stub) -> None:
+        call = await attach(stub)
+        await worker.front.set_role("prefill", 10.0)
+        while (event := await call.read()).role != "prefill":
+            assert event.role in ("", "decode")
+        assert not event.draining
+        late = stub.Attach(metadata=METADATA)
+        await late.write(pb.AttachRequest(hello=pb.AttachHello(router_id="late")))
+        assert (await late.read()).description.role == "prefill"
+        draining = asyncio.create_task(worker.front.drain(10.0))
+        while not (await call.read()).draining:
+            pass
+        assert await draining
+        call.cancel()
+        late.cancel()
+
+    run(tiny_llama, tmp_path, scenario)
+
+
 def test_a_router_hears_soon_what_another_ones_tokens_changed(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr(service, "STATS_PERIOD_S", 60.0)
 

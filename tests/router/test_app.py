@@ -167,6 +167,8 @@ def test_drain_finishes_what_runs_and_takes_nothing_new(model: Path) -> None:
             assert (refusal.code, refusal.retry_after_s) == (grpc.StatusCode.UNAVAILABLE, 1.0)
             assert await health(made.channel) == "NOT_SERVING"
             assert await made.app.drain(10.0)
+            await made.app.stop()
+            assert await made.app.drain(10.0), "whoever asks again hears the same"
             assert (await running).token_ids == expected_answer(PROMPT, 40)
 
     run(scenario())
