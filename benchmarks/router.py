@@ -160,7 +160,8 @@ def _summed(listened: Listened) -> tuple[int, float, float]:
 
 def measure_requests(plan: Plan, mode: Mode) -> Requests:
     """Short answers, so many at the same time."""
-    with scene(mode) as made:
+    profile = plan.profile and f"{plan.profile}.{mode}"
+    with scene(mode, profile=profile) as made:
         given = (plan.requests_at_once, plan.seconds, min(plan.connections, plan.requests_at_once))
         num, took_s, spent = made.clients.call("ask", *given, timeout_s=CALL_TIMEOUT_S)
     return Requests(mode, num / took_s, 1e6 * sum(spent) / num)
@@ -198,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--at-once", type=int, default=32, help="requests, where requests are counted (default 32)")
     parser.add_argument("--idle-streams", type=int, default=1000, help="where memory is measured (default 1000)")
     parser.add_argument("--only", choices=("rate", "latency", "requests", "memory"))
-    parser.add_argument("--profile", default="", help="a file for cProfile's account of the rate of one router")
+    parser.add_argument("--profile", default="", help="a file for cProfile's account: of a rate; FILE.MODE of requests")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(argv)
     plan = Plan(

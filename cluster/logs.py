@@ -11,6 +11,7 @@ import datetime
 import json
 import logging
 import logging.handlers
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +21,7 @@ MAX_FILE_BYTES = 64 * 1024 * 1024
 NUM_OLD_FILES = 3
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
 
 class JsonFormatter(logging.Formatter):
@@ -40,18 +42,26 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "msg": record.getMessage(),
         }
-        line.update({key: value for key, value in vars(record).items() if _is_extra(key) and key not in line})
+        for key, value in vars(record).items():
+            if key not in _STANDARD and key not in line and not key.startswith("_ray_"):  # Ray adds one to all
+                line[key] = value
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
-        text = json.dumps(line, ensure_ascii=False, default=str)
+        text = _to_json(line)
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return text
 
 
-def _is_extra(key: str) -> bool:
-    """Whether an attribute of a record was given with it; Ray, where it is loaded, adds one of its own to all."""
-    return key not in _STANDARD and not key.startswith("_ray_")
+class LogFile(logging.handlers.RotatingFileHandler):
+    """A file that a new one replaces once it is full.
+
+    The standard one forms each line twice, to know its length beforehand; here the last line may go over the limit.
+    """
+
+    def shouldRollover(self, record: logging.LogRecord) -> bool:  # noqa: N802
+        """Whether the file is full."""
+        return self.stream is not None and os.fstat(self.stream.fileno()).st_size >= self.maxBytes
 
 
 def configure(
@@ -69,9 +79,7 @@ def configure(
     handler: logging.Handler
     if isinstance(target, Path):
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handler = logging.handlers.RotatingFileHandler(
-            target, maxBytes=MAX_FILE_BYTES, backupCount=NUM_OLD_FILES, encoding="utf-8"
-        )
+        handler = LogFile(target, maxBytes=MAX_FILE_BYTES, backupCount=NUM_OLD_FILES, encoding="utf-8")
     else:
         handler = logging.StreamHandler(target or sys.stderr)
     handler.setFormatter(JsonFormatter(role, worker_id, secrets))

@@ -201,9 +201,7 @@ class RouterApp:
             assert self._fleet.link(info).num_inboxes == 0, f"{info.label} still has inboxes"
 
     def _make_server(self) -> grpc.aio.Server:
-        interceptors: list[ApiKeys | StrictParsing] = [StrictParsing(SERVICE)]
-        if self._config.api_keys_file is not None:
-            interceptors.insert(0, ApiKeys(self._desk.tenants))
+        interceptors = [ApiKeys(self._desk.tenants)] if self._config.api_keys_file is not None else []
         options = (
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", self._config.max_request_bytes),
@@ -213,7 +211,8 @@ class RouterApp:
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
         )
         server = grpc.aio.server(interceptors=interceptors, options=options)
-        inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(self._desk, self._runs), server)  # type: ignore[no-untyped-call]
+        service = InferenceService(self._desk, self._runs)
+        inference_pb2_grpc.add_InferenceServicer_to_server(service, StrictParsing(server))  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server

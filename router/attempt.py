@@ -188,7 +188,7 @@ class Attempt:
     def _abort(self, link: WorkerLink, reason: str, *, decode: bool) -> None:
         if link.info.connected:  # a worker that lost its stream aborts by itself
             request = worker_pb2.AbortRequest(request_id=self._job.request_id, attempt=self.number, reason=reason)
-            self._context.aborts.spawn(link.abort(request, decode=decode), f"abort {self._job.request_id}")
+            self._context.aborts.spawn_in_turn(link.abort(request, decode=decode), f"abort {self._job.request_id}")
 
     async def _run_prefill(self, link: WorkerLink) -> None:
         """Puts the reply, or what went wrong, into the inbox."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Coroutine, Iterable
 from typing import Any
 
@@ -18,9 +19,10 @@ class Background:
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._due: deque[tuple[Coroutine[Any, Any, Any], str]] = deque()
 
     def __len__(self) -> int:
-        return len(self._tasks)
+        return len(self._tasks) + len(self._due)
 
     def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         """Start a task under a name that logs can show."""
@@ -29,8 +31,17 @@ class Background:
         task.add_done_callback(self._ended)
         return task
 
+    def spawn_in_turn(self, work: Coroutine[Any, Any, Any], name: str) -> None:
+        """Start a task that gives way: of those that come together one begins in each turn of the loop, so that all
+        else that is due goes in between."""
+        self._due.append((work, name))
+        if len(self._due) == 1:
+            asyncio.get_running_loop().call_soon(self._begin_next)
+
     async def settle(self, timeout_s: float) -> None:
         """Wait for all tasks; cancel those that are not done in time."""
+        while self._due:
+            self.spawn(*self._due.popleft())
         tasks = list(self._tasks)
         if not tasks:
             return
@@ -42,7 +53,15 @@ class Background:
 
     async def cancel(self) -> None:
         """Cancel all tasks and wait for their end."""
+        while self._due:
+            self._due.popleft()[0].close()
         await cancel(self._tasks)
+
+    def _begin_next(self) -> None:
+        if self._due:
+            self.spawn(*self._due.popleft())
+        if self._due:
+            asyncio.get_running_loop().call_soon(self._begin_next)
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)

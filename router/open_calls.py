@@ -80,13 +80,14 @@ class OpenCalls(Generic[Q, A]):
         """
         with contextlib.suppress(asyncio.InvalidStateError):  # it has just ended: reading says why
             await call.write(request)
+        if rest is None:
+            return cast(A | None, await call.read() or None)
         reading = asyncio.ensure_future(call.read())
         try:
-            if rest is not None:
-                await asyncio.wait((reading, rest), return_when=asyncio.FIRST_COMPLETED)
-                if not reading.done():
-                    with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
-                        await call.write(rest.result())
+            await asyncio.wait((reading, rest), return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
+                with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
+                    await call.write(rest.result())
             return cast(A | None, await reading or None)
         finally:
             if not reading.done():

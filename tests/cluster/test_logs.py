@@ -79,3 +79,15 @@ def test_level_and_a_second_configuration(tmp_path: Path) -> None:
     logging.getLogger().info("loud")
     assert stream.getvalue() == ""
     assert json.loads((tmp_path / "new" / "b.log").read_text())["role"] == "b"
+
+
+def test_a_full_file_is_replaced(tmp_path: Path) -> None:
+    handler = logs.configure("b", target=tmp_path / "b.log")
+    assert isinstance(handler, logs.LogFile)
+    handler.maxBytes = 300
+    for number in range(8):
+        logging.getLogger().info("x" * 100, extra={"number": number})
+    sizes = [path.stat().st_size for path in tmp_path.iterdir()]
+    assert len(sizes) == 1 + logs.NUM_OLD_FILES
+    assert max(sizes) < 300 + 200
+    assert json.loads((tmp_path / "b.log").read_text().splitlines()[-1])["number"] == 7

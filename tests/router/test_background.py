@@ -45,3 +45,43 @@ def test_a_task_that_loses_its_first_cancellation_is_cancelled_again() -> None:
         assert not len(background)
 
     run(scenario())
+
+
+def test_tasks_that_give_way_begin_one_a_turn() -> None:
+    async def scenario() -> None:
+        background = Background()
+        began = 0
+
+        async def begin() -> None:
+            nonlocal began
+            began += 1
+
+        for number in range(10):
+            background.spawn_in_turn(begin(), f"number {number}")
+        seen = []
+        while len(background):
+            await asyncio.sleep(0)
+            seen.append(began)
+        assert began == 10
+        assert max(later - earlier for earlier, later in zip([0, *seen], seen, strict=False)) == 1
+
+    run(scenario())
+
+
+def test_tasks_that_have_not_begun_settle_or_are_closed() -> None:
+    async def scenario() -> None:
+        began = []
+
+        async def begin(name: str) -> None:
+            began.append(name)
+
+        background = Background()
+        background.spawn_in_turn(begin("settled"), "settled")
+        await background.settle(1.0)
+        background.spawn_in_turn(begin("closed"), "closed")
+        await background.cancel()
+        await asyncio.sleep(0)
+        assert began == ["settled"]
+        assert not len(background)
+
+    run(scenario())
