@@ -48,6 +48,7 @@ from benchmarks.serve_report import (
     REFERENCE_COLUMNS,
     REFERENCE_NOTE,
     Document,
+    ceilings_texts,
     idle_row,
     load_row,
     phase_row,
@@ -111,12 +112,8 @@ class Bench:
             file.write_text(yaml.safe_dump(cluster_yaml(Shape("colocated", 0, 1), self.model)))
             lines = run_probes(self.arguments, phases, file, timeout_s=min(300.0, self.budget.left()))
         self.document.data["probes"] = lines
-        for index, line in enumerate(line for line in lines if line["kind"] == "ceilings"):
-            self.document.text(
-                f"Ceilings of {line['device']} {index} (torch {line['torch']}): copy {line['copy_bytes_s'] / 1e12:.3g} "
-                f"TB/s, read {line['read_bytes_s'] / 1e12:.3g} TB/s, bf16 product {line['matrix_flop_s'] / 1e12:.3g} "
-                f"TFLOP/s in a burst, {line['sustained_flop_s'] / 1e12:.3g} sustained."
-            )
+        for text in ceilings_texts(lines):
+            self.document.text(text)
         for line in lines:
             if line["kind"] == "engine_start":
                 self.document.text(f"The engine alone was ready after {line['seconds']:.1f} s.")
@@ -281,9 +278,9 @@ def run(arguments: argparse.Namespace, bench: Bench) -> None:
     rates = [case.rate for shape in arguments.shapes for case in cases_of(arguments, shape)]
     with Clients(arguments.clients or num_clients(max(rates, default=1.0), os.cpu_count() or 1)) as clients:
         for shape in arguments.shapes:
-            if arguments.device == "cuda" and shape.num_workers > num_gpus():
+            if arguments.device == "cuda" and shape.num_gpus > num_gpus():
                 bench.failed = True
-                bench.note(f"skipped: {shape.name} needs {shape.num_workers} GPUs, there are {num_gpus()}")
+                bench.note(f"skipped: {shape.name} needs {shape.num_gpus} GPUs, there are {num_gpus()}")
                 continue
             with bench.phase(shape.name):
                 bench.shape(shape, clients)
@@ -295,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The machine's memory may grow with use, which Ray would take for a shortage and end its largest process.
     os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
     budget = Budget(arguments.budget_s)
-    with _sigterm_raises(), config_directory(arguments.model) as directory:
+    with sigterm_raises(), config_directory(arguments.model) as directory:
         bench = Bench(arguments, model_of(arguments, directory), Document(arguments.json), budget)
         run(arguments, bench)
         bench.document.data["seconds"] = budget.spent()
@@ -305,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
+def sigterm_raises() -> Iterator[None]:
     """So that what runs is brought down."""
 
     def leave(number: int, frame: object) -> None:

@@ -11,20 +11,34 @@ which the measurement begins (a clock that processes of one host share), and sen
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import math
 import multiprocessing
 import os
+import random
 import statistics
 import time
 import traceback
-from dataclasses import dataclass, replace
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from types import TracebackType
 
 from cluster.children import die_with_parent
 from cluster.client import Client, Endpoint
-from cluster.load import Length, LoadProfile, LoadResult, Planned, PromptMaker, RequestRecord, make_plan, run_plan
+from cluster.load import (
+    Length,
+    LoadProfile,
+    LoadResult,
+    Planned,
+    PromptMaker,
+    RequestRecord,
+    make_plan,
+    plain_ids,
+    run_plan,
+)
+from protos.inference_pb2 import Finished, GenerateRequest, Sampling, TokenIds
 
 READY = "ready"
 READY_TIMEOUT_S = 60.0
@@ -44,6 +58,27 @@ class LoadJob:
     profile: LoadProfile
     limit_s: float
     """What has not ended so long after the beginning counts as failed."""
+    beside: tuple[LoadProfile, ...] = ()
+    """Other open loops at the same time: a mix of prompts."""
+
+    @property
+    def profiles(self) -> tuple[LoadProfile, ...]:
+        """All of them."""
+        return (self.profile, *self.beside)
+
+    def share(self, index: int, num: int) -> LoadJob:
+        """What one of `num` processes does of it."""
+        mine = [
+            replace(each, rate=each.rate / num, seed=each.seed * 1000 + index)
+            for each in self.profiles
+            if each.rate is not None
+        ]
+        return replace(self, profile=mine[0], beside=tuple(mine[1:]))
+
+    def plan(self, vocab_size: int) -> list[Planned]:
+        """Its requests, in the order in which they are due."""
+        planned = (each for profile in self.profiles for each in make_plan(profile, vocab_size))
+        return sorted(planned, key=lambda each: each.due_s)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +96,29 @@ class SequenceJob:
     seed: int = 0
 
 
-Job = LoadJob | SequenceJob
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnswersJob:
+    """Requests one after another whose tokens count, not their times."""
+
+    address: str
+    prompt_lens: tuple[int, ...]
+    """One request for each."""
+    output_len: int
+    limit_s: float
+    """Of all of them together; those that it leaves out have no answer."""
+    seed: int = 0
+
+
+Job = LoadJob | SequenceJob | AnswersJob
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A greedy answer."""
+
+    tokens: list[int]
+    handed_over: bool
+    """Whether another worker computed the prompt than decoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +128,8 @@ class ClientResult:
     load: LoadResult
     lags_s: list[float]
     """How late the process was at moments 5 ms apart: what it adds to any arrival's timestamp at most."""
+    answers: list[Answer] = field(default_factory=list)
+    """Of an AnswersJob."""
 
 
 def num_clients(rate: float, cores: int) -> int:
@@ -117,17 +176,16 @@ class Clients:
     def load(self, job: LoadJob, num: int | None = None) -> ClientResult:
         """Run an open loop, shared by `num` of the processes (default: all)."""
         pipes = self._pipes[: min(num or self.num, self.num)]
-        rate = job.profile.rate
-        assert rate is not None
-        shares = [
-            replace(job, profile=replace(job.profile, rate=rate / len(pipes), seed=job.profile.seed * 1000 + index))
-            for index in range(len(pipes))
-        ]
+        shares = [job.share(index, len(pipes)) for index in range(len(pipes))]
         return _run(pipes, list(shares), job.limit_s)
 
     def sequence(self, job: SequenceJob) -> ClientResult:
         """Send requests one after another, from one process."""
         return _run(self._pipes[:1], [job], job.repeats * (job.limit_s + job.rest_s))
+
+    def answers(self, job: AnswersJob) -> list[Answer]:
+        """Ask for answers one after another, from one process."""
+        return _run(self._pipes[:1], [job], job.limit_s).answers
 
 
 def _run(pipes: list[Connection], jobs: list[Job], limit_s: float) -> ClientResult:
@@ -143,7 +201,8 @@ def _run(pipes: list[Connection], jobs: list[Job], limit_s: float) -> ClientResu
     wall_s = max(each.load.wall_s for each in results)
     lags = [lag for each in results for lag in each.lags_s]
     paced = any(each.load.paced for each in results)
-    return ClientResult(LoadResult(results[0].load.model, records, wall_s, paced), lags)
+    answers = [answer for each in results for answer in each.answers]
+    return ClientResult(LoadResult(results[0].load.model, records, wall_s, paced), lags, answers)
 
 
 def _answer(pipe: Connection, timeout_s: float) -> ClientResult:
@@ -175,22 +234,44 @@ def _client_main(pipe: Connection, parent: int) -> None:
 async def _carry_out(job: Job, pipe: Connection) -> ClientResult:
     async with Client(Endpoint(address=job.address)) as client:
         (model, *_) = await client.list_models()
-        plan = make_plan(job.profile, model.vocab_size) if isinstance(job, LoadJob) else []
+        plan = job.plan(model.vocab_size) if isinstance(job, LoadJob) else []
         pipe.send(READY)
         begin_at = pipe.recv()
         gc.collect()
         gc.disable()
         lags: list[float] = []
+        answers: list[Answer] = []
         ticking = asyncio.create_task(_tick(lags))
         try:
             if isinstance(job, LoadJob):
                 result = await run_plan(client, plan, model=model.name, begin_at=begin_at, limit_s=job.limit_s)
+            elif isinstance(job, AnswersJob):
+                answers = await _answers(client, job, model.vocab_size)
+                result = LoadResult(model.name, [], 0.0)
             else:
                 result = await _sequence(client, job, model.name, model.vocab_size)
         finally:
             ticking.cancel()
             gc.enable()
-        return ClientResult(replace(result, paced=model.paced), lags)
+        return ClientResult(replace(result, paced=model.paced), lags, answers)
+
+
+async def _answers(client: Client, job: AnswersJob, vocab_size: int) -> list[Answer]:
+    rng, ids = random.Random(job.seed), plain_ids(vocab_size)
+    found: list[Answer] = []
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(job.limit_s):
+            for length in job.prompt_lens:
+                prompt = TokenIds(ids=rng.choices(ids, k=length))
+                sampling = Sampling(max_tokens=job.output_len, ignore_eos=True, temperature=0.0)
+                tokens: list[int] = []
+                finished = Finished()
+                async with aclosing(client.generate(GenerateRequest(token_ids=prompt, sampling=sampling))) as events:
+                    async for event in events:
+                        tokens += event.tokens.token_ids
+                        finished.MergeFrom(event.finished)
+                found.append(Answer(tokens, finished.prefill_worker != finished.decode_worker))
+    return found
 
 
 async def _sequence(client: Client, job: SequenceJob, model: str, vocab_size: int) -> LoadResult:

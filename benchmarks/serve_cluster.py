@@ -1,6 +1,8 @@
 """The cluster of a shape: what its YAML says, and how it is brought up and down.
 
-A shape is `1p1d` (prefill and decode workers) or `2colocated` (workers that do both jobs); any counts are one.
+A shape is `1p1d` (prefill and decode workers) or `2colocated` (workers that do both jobs); any counts are one. `tp` and
+a number before a pool is its tensor parallelism, and a dash then stands between the pools: `tp2p-2d` is one prefill
+worker of two ranks and two decode workers, `2p-tp2d` two prefill workers and one decode worker of two ranks.
 """
 
 from __future__ import annotations
@@ -31,37 +33,63 @@ DECODE_MAX_RUNNING = 256
 MAX_QUEUED = 8192
 LOG_TAIL = 15
 NUM_ERRORS = 5
+_POOL = r"([1-9]\d*)?(?:tp([1248]))?"
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How many workers of which kind."""
+    """How many workers of which kind, and how many ranks each of them has."""
 
     mode: Literal["split", "colocated"]
     prefill: int
     decode: int
     """Of a colocated shape: all workers."""
+    prefill_ranks: int = 1
+    decode_ranks: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Shape:
         """From its name; ValueError for anything else."""
         if (match := re.fullmatch(r"([1-9]\d*)p([1-9]\d*)d", text)) is not None:
             return cls("split", int(match[1]), int(match[2]))
-        if (match := re.fullmatch(r"([1-9]\d*)colocated", text)) is not None:
-            return cls("colocated", 0, int(match[1]))
-        raise ValueError(f"a shape is NpMd or Ncolocated, such as 1p1d or 2colocated, got {text!r}")
+        if (match := re.fullmatch(rf"{_POOL}p-{_POOL}d", text)) is not None:
+            prefill, prefill_ranks, decode, decode_ranks = (int(number or 1) for number in match.groups())
+            return cls("split", prefill, decode, prefill_ranks, decode_ranks)
+        if (match := re.fullmatch(r"([1-9]\d*)(?:tp([1248]))?colocated", text)) is not None:
+            return cls("colocated", 0, int(match[1]), 1, int(match[2] or 1))
+        raise ValueError(
+            "a shape is NpMd, [N][tpK]p-[M][tpK]d or N[tpK]colocated, such as 1p1d, tp2p-2d or 2colocated; "
+            f"got {text!r}"
+        )
 
     @property
     def name(self) -> str:
         """What `parse` understands."""
-        return f"{self.prefill}p{self.decode}d" if self.mode == "split" else f"{self.decode}colocated"
+        if self.mode == "colocated":
+            return f"{self.decode}{_ranks(self.decode_ranks)}colocated"
+        if self.prefill_ranks == self.decode_ranks == 1:
+            return f"{self.prefill}p{self.decode}d"
+        return f"{_pool(self.prefill, self.prefill_ranks)}p-{_pool(self.decode, self.decode_ranks)}d"
 
     @property
     def num_workers(self) -> int:
-        """Of both kinds: as many GPUs as it needs."""
+        """Of both kinds."""
         return self.prefill + self.decode
+
+    @property
+    def num_gpus(self) -> int:
+        """As many as its ranks."""
+        return self.prefill * self.prefill_ranks + self.decode * self.decode_ranks
+
+
+def _pool(workers: int, ranks: int) -> str:
+    return _ranks(ranks) if workers == 1 and ranks > 1 else f"{workers}{_ranks(ranks)}"
+
+
+def _ranks(ranks: int) -> str:
+    return f"tp{ranks}" if ranks > 1 else ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,12 +112,16 @@ def cluster_yaml(shape: Shape, model: Model) -> dict[str, Any]:
         "mode": shape.mode,
         "model": {"path": str(model.directory), "name": "bench", "load_format": "dummy", "dtype": model.dtype},
         "cache": {"prefix_caching": False},
-        "decode": pool | {"workers": shape.decode},
+        "decode": pool | {"workers": shape.decode, "tensor_parallel": shape.decode_ranks},
         "router": {"port": 0, "max_queued": MAX_QUEUED},
         "drain_s": DRAIN_S,
     }
     if shape.mode == "split":
-        content["prefill"] = pool | {"workers": shape.prefill, "max_running": PREFILL_MAX_RUNNING}
+        content["prefill"] = pool | {
+            "workers": shape.prefill,
+            "tensor_parallel": shape.prefill_ranks,
+            "max_running": PREFILL_MAX_RUNNING,
+        }
     if model.device == "cuda":
         content["ray"] = {"num_gpus": model.num_gpus}
     for override in model.overrides:

@@ -86,6 +86,16 @@ def slo_text(slo: Slo) -> str:
     return ", ".join(f"{name} ≤ {bound * 1e3:g} ms" for name, bound in bounds if bound is not None) or "none"
 
 
+def ceilings_texts(probes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What each device reached at best, a sentence each."""
+    return [
+        f"Ceilings of {line['device']} {index} (torch {line['torch']}): copy {line['copy_bytes_s'] / 1e12:.3g} "
+        f"TB/s, read {line['read_bytes_s'] / 1e12:.3g} TB/s, bf16 product {line['matrix_flop_s'] / 1e12:.3g} "
+        f"TFLOP/s in a burst, {line['sustained_flop_s'] / 1e12:.3g} sustained."
+        for index, line in enumerate(line for line in probes if line["kind"] == "ceilings")
+    ]
+
+
 def load_row(figures: LoadFigures) -> list[str]:
     """For LOAD_COLUMNS."""
     report = figures.report

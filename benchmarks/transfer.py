@@ -70,6 +70,8 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, help="hand-overs of each length")
     parser.add_argument("--checks", type=int, help="answers that are compared")
     parser.add_argument("--pair-ctas", type=int, help="CTAs of hand-over")
+    parser.add_argument("--rest-s", type=float, help="rest of the prefill GPU before each prompt of hand-over")
+    parser.add_argument("--reserve-first", action="store_true", help="hand-over: ask for blocks before the prompt goes")
     parser.add_argument("--switch-ms", type=float, help="Python's switch interval in both processes; default: Python's")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     return parser.parse_args(argv)
@@ -105,6 +107,8 @@ def plan_of(arguments: argparse.Namespace, device: str, directory: Path) -> Plan
         "repeats": arguments.repeats,
         "checks": arguments.checks,
         "ctas": arguments.pair_ctas,
+        "rest_s": arguments.rest_s,
+        "reserve_first": arguments.reserve_first or None,
     }
     if arguments.ctas or arguments.pieces or arguments.digests != ("auto",):
         pieces = arguments.pieces or tuple(dict.fromkeys(cell.piece_mib for cell in plan.pair_cells))

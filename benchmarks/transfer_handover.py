@@ -39,6 +39,8 @@ class Crafts:
         self._lock = threading.Lock()
         self._streams: dict[str, queue.SimpleQueue[Any]] = {}
         """Of each request: (moment, TokenOutput message) or an error."""
+        self._begun: list[queue.SimpleQueue[tuple[float, pb.PrefillReply | Exception]]] = []
+        """The answers of the prompts begun last."""
 
     def open(self) -> None:
         """Join the crafts to the engine and the node, which is open."""
@@ -56,6 +58,13 @@ class Crafts:
             engine.loop.on_step = self._after_step
 
         self._side.on_loop(take_loop)
+        prefill = self._prefill
+        node.on_granted = lambda ticket: engine.loop.post(lambda: prefill.granted(ticket))
+
+    def identity(self) -> tuple[str, int]:
+        """How tickets name this side."""
+        assert self._node.node is not None, "the node is open"
+        return self._node.node.identity.worker_id, self._node.node.identity.epoch
 
     def close(self) -> None:
         """End everything and leave the loop as it was."""
@@ -84,26 +93,42 @@ class Crafts:
         steps = self.collect(message.request_id)
         return steps, steps[0][0] - sequence.arrival
 
-    def reserve(self, request: bytes) -> bytes:
-        """Promise blocks; a ReserveReply."""
+    def reserve(self, request: bytes, sender: tuple[str, int] | None = None) -> bytes:
+        """Promise blocks; a ReserveReply. A sender that is named also hears of them over the pair, if there is one."""
         message = pb.ReserveRequest(router_id=ROUTER, request=pb.EngineRequest.FromString(request))
+        if sender is not None:
+            message.prefill.worker_id, message.prefill.epoch = sender
         decode = self._decode
         assert decode is not None, "the crafts are open"
         self._stream(message.request.request_id)
         reply: pb.ReserveReply = self._side.on_loop(lambda: decode.reserve(message))
         return reply.SerializeToString()
 
-    def prefill(self, asked: list[tuple[bytes, bytes]]) -> list[tuple[bytes, float]]:
-        """Compute prompts, each under its ticket, all posted at once; the PrefillReplies, and when they were there."""
+    def reserve_all(self, requests: list[bytes], sender: tuple[str, int]) -> list[bytes]:
+        """Promise blocks for each of them."""
+        return [self.reserve(request, sender) for request in requests]
+
+    def begin(self, requests: list[bytes], receiver: tuple[str, int]) -> None:
+        """Take prompts in, all posted at once; they are computed when their tickets are there."""
         prefill = self._prefill
         assert prefill is not None, "the crafts are open"
-        waiting: list[queue.SimpleQueue[tuple[float, pb.PrefillReply | Exception]]] = []
-        for request, reserved in asked:
-            ticket = pb.ReserveReply.FromString(reserved).ticket
-            message = pb.PrefillRequest(router_id=ROUTER, request=pb.EngineRequest.FromString(request), ticket=ticket)
-            waiting.append(queue.SimpleQueue())
-            self._engine.loop.post(partial(_begin, prefill, message, waiting[-1]))
-        answers = [answers.get(timeout=WAIT_S) for answers in waiting]
+        self._begun = []
+        for request in requests:
+            message = pb.PrefillRequest(router_id=ROUTER, request=pb.EngineRequest.FromString(request))
+            message.receiver.worker_id, message.receiver.epoch = receiver
+            self._begun.append(queue.SimpleQueue())
+            self._engine.loop.post(partial(_begin, prefill, message, self._begun[-1]))
+
+    def take_tickets(self, reserved: list[bytes]) -> None:
+        """The tickets of the prompts begun, which may have come over the pair already."""
+        prefill = self._prefill
+        assert prefill is not None, "the crafts are open"
+        for reply in reserved:
+            self._engine.loop.post(partial(prefill.take_ticket, pb.ReserveReply.FromString(reply).ticket))
+
+    def replies(self) -> list[tuple[bytes, float]]:
+        """The PrefillReplies of the prompts begun, and when they were there."""
+        answers = [answers.get(timeout=WAIT_S) for answers in self._begun]
         replies = []
         for moment, answer in answers:
             if isinstance(answer, Exception):

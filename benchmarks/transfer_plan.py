@@ -66,10 +66,12 @@ class Plan:
     lengths: tuple[int, ...]
     """Tokens of the prompts that are handed over."""
     repeats: int
-    rest_s: float = 0.3
-    """Rest of the GPUs before each of them: one that has just computed at full power is slower."""
+    rest_s: float = 0.6
+    """Rest of the prefill GPU before each prompt: one that has just computed at full power is slower."""
     answer: int = 10
     """Tokens of the answer to each."""
+    reserve_first: bool = False
+    """Whether blocks are reserved before the prompt is sent, instead of both at once as the router does."""
     ctas: int = TransferConfig().max_ctas
     """Of the pair that hands over."""
     together: tuple[int, int]

@@ -39,6 +39,10 @@ class Remote:
     def call(self, method: str, *args: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
         """Have it call a method; what that returns, or RigError."""
         self.begin(method, *args)
+        return self.wait(timeout_s)
+
+    def wait(self, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        """What the method begun last returned, once it has; RigError where that takes longer."""
         if not self.connection.poll(timeout_s):
             raise self.lose(timeout_s)
         return self.result()

@@ -94,7 +94,15 @@ class TestShapes:
         assert [Shape.parse(name).name for name in ("2p1d", "1colocated")] == ["2p1d", "1colocated"]
         assert Shape.parse("1p3d").num_workers == 4
 
-    @pytest.mark.parametrize("name", ["", "1p", "0p1d", "p1d", "colocated", "0colocated", "1p1d1"])
+    def test_names_with_ranks(self):
+        assert Shape.parse("tp2p-2d") == Shape("split", 1, 2, 2, 1)
+        assert Shape.parse("p-tp2d") == Shape("split", 1, 1, 1, 2)
+        assert Shape.parse("2tp2colocated") == Shape("colocated", 0, 2, 1, 2)
+        for name in ("tp2p-2d", "2p-tp2d", "2tp4p-tp2d", "1tp2colocated"):
+            assert Shape.parse(name).name == name
+        assert [Shape.parse(name).num_gpus for name in ("tp2p-2d", "p-tp2d", "2tp2colocated", "3p1d")] == [4, 3, 4, 4]
+
+    @pytest.mark.parametrize("name", ["", "1p", "0p1d", "p1d", "colocated", "0colocated", "1p1d1", "tp2p1d", "tp3p-1d"])
     def test_a_name_that_is_none_is_refused(self, name):
         with pytest.raises(ValueError, match="a shape is"):
             Shape.parse(name)
@@ -110,6 +118,8 @@ class TestShapes:
         colocated = cluster_yaml(Shape.parse("2colocated"), model)
         assert (colocated["mode"], colocated["decode"]["workers"]) == ("colocated", 2)
         assert "prefill" not in colocated
+        ranks = cluster_yaml(Shape.parse("tp2p-2d"), model)
+        assert (ranks["prefill"]["tensor_parallel"], ranks["decode"]["tensor_parallel"]) == (2, 1)
         with pytest.raises(ValueError, match=r"key\.key=value"):
             cluster_yaml(Shape.parse("1p1d"), Model(directory=tmp_path, device="cpu", dtype="float32", overrides=["x"]))
 
