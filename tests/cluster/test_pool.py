@@ -58,8 +58,23 @@ def create(plan: WorkerPlan, run_dir: str) -> list[dict[str, Any]]:
 
 
 def find(plan: WorkerPlan) -> list[dict[str, Any]] | None:
-    handles = pool.find_worker(plan)
-    return None if handles is None else ready(handles)
+    """The same of those that are there; None if one is missing."""
+    names = [pool.engine_name(plan.worker_id, rank) for rank in range(len(plan.bundles) - 1)]
+    try:
+        front, *engines = [
+            ray.get_actor(name, namespace=pool.NAMESPACE) for name in (pool.front_name(plan.worker_id), *names)
+        ]
+    except ValueError:
+        return None
+    return ready(pool.WorkerHandles(front, tuple(engines)))
+
+
+def is_placed(plan: WorkerPlan) -> bool:
+    return pool.node_of(plan.worker_id) is not None
+
+
+def remove(plan: WorkerPlan) -> None:
+    pool.remove_worker(plan.worker_id, len(plan.bundles) - 1)
 
 
 def ready(handles: pool.WorkerHandles) -> list[dict[str, Any]]:
@@ -67,7 +82,7 @@ def ready(handles: pool.WorkerHandles) -> list[dict[str, Any]]:
 
 
 def kind_of(plan: WorkerPlan) -> str | None:
-    node_id = pool.node_of(plan)
+    node_id = pool.node_of(plan.worker_id)
     return next((node["Labels"].get("kind", "head") for node in ray.nodes() if node["NodeID"] == node_id), None)
 
 
@@ -90,32 +105,32 @@ def test_each_pool_brings_up_its_kind_of_node_and_lets_it_go_alone(
     assert driver(living_kinds) == []
 
     driver(pool.ask_place, prefill)
-    until(lambda: driver(pool.is_placed, prefill), "a place for prefill-0", NODE_S, nodes)
+    until(lambda: driver(is_placed, prefill), "a place for prefill-0", NODE_S, nodes)
     assert driver(living_kinds) == ["prefill-node"]
     prefill_pids = [actor["pid"] for actor in driver(create, prefill, str(tmp_path))]
 
     driver(pool.ask_place, decode)
-    until(lambda: driver(pool.is_placed, decode), "a place for decode-0", NODE_S, nodes)
+    until(lambda: driver(is_placed, decode), "a place for decode-0", NODE_S, nodes)
     assert driver(living_kinds) == ["decode-node", "prefill-node"]
     assert (driver(kind_of, prefill), driver(kind_of, decode)) == ("prefill-node", "decode-node")
     decode_pids = [actor["pid"] for actor in driver(create, decode, str(tmp_path))]
     assert len({*prefill_pids, *decode_pids}) == 2 + 3
 
-    driver(pool.remove_worker, prefill)
+    driver(remove, prefill)
     until(lambda: driver(living_kinds) == ["decode-node"], "the idle prefill node goes", NODE_S, nodes)
     assert [actor["pid"] for actor in driver(find, decode)] == decode_pids, "the other pool has noticed nothing"
-    driver(pool.remove_worker, decode)
+    driver(remove, decode)
     until(lambda: driver(living_kinds) == [], "the idle decode node goes", NODE_S, nodes)
 
 
 def test_nothing_waits_for_a_place_that_no_node_has(driver: Driver, tmp_path: Path) -> None:
     start = time.monotonic()
     driver(pool.ask_place, NOWHERE)
-    assert driver(pool.node_of, NOWHERE) is None
-    assert not driver(pool.is_placed, NOWHERE)
+    assert driver(pool.node_of, NOWHERE.worker_id) is None
+    assert not driver(is_placed, NOWHERE)
     with pytest.raises(pool.PlacementError, match=r"no node with room for worker prefill-9.*'kind': 'none-such'"):
         driver(create, NOWHERE, str(tmp_path))
-    driver(pool.remove_worker, NOWHERE)
+    driver(remove, NOWHERE)
     assert driver(places) == []
     assert driver(living_kinds) == []
     assert time.monotonic() - start < 5 * AT_ONCE_S
@@ -127,10 +142,10 @@ def test_a_worker_is_made_found_completed_and_removed_any_number_of_times(
     run_dir = RunDir(tmp_path)
     run_dir.create()
     assert driver(find, ANYWHERE) is None
-    driver(pool.remove_worker, ANYWHERE)
+    driver(remove, ANYWHERE)
     for _ in range(2):
         driver(pool.ask_place, ANYWHERE)
-    until(lambda: driver(pool.is_placed, ANYWHERE), "a place on the head", CALL_S, nodes)
+    until(lambda: driver(is_placed, ANYWHERE), "a place on the head", CALL_S, nodes)
     assert driver(places) == ["pdserve/decode-9"]
     assert driver(kind_of, ANYWHERE) == "head"
 
@@ -143,10 +158,10 @@ def test_a_worker_is_made_found_completed_and_removed_any_number_of_times(
     assert completed[1] == made[1]
 
     for _ in range(2):
-        driver(pool.remove_worker, ANYWHERE)
+        driver(remove, ANYWHERE)
     assert driver(places) == []
     driver(pool.ask_place, ANYWHERE)
-    until(lambda: driver(pool.is_placed, ANYWHERE), "a place for its next life", CALL_S, nodes)
+    until(lambda: driver(is_placed, ANYWHERE), "a place for its next life", CALL_S, nodes)
     again = driver(create, ANYWHERE, str(tmp_path))
     assert not {actor["pid"] for actor in again} & {actor["pid"] for actor in completed}
-    driver(pool.remove_worker, ANYWHERE)
+    driver(remove, ANYWHERE)
