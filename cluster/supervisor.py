@@ -34,6 +34,7 @@ from redis.exceptions import RedisError
 from cluster import logs, metrics, model_load
 from cluster.children import Child, Children, describe_exit, die_with_parent, end
 from cluster.config import NODE_HOST, ClusterConfig, from_plain
+from cluster.launch import drain_bound
 from cluster.orders import DeployOrder, OrderError, carry_out
 from cluster.placement import logical_cpus
 from cluster.progress import Progress
@@ -301,7 +302,7 @@ class Supervisor:
 
     async def _end_deployment(self) -> None:
         """Drain (not what never came up) and end the actors, within the bound; a second signal cuts it short."""
-        drain_s = self._config.drain_s if self._state.routers else 0.0
+        drain_s = await asyncio.to_thread(drain_bound, self._run_dir) if self._state.routers else 0.0
         ending = asyncio.create_task(self._run_down(drain_s))
         hurry = asyncio.create_task(self._hurry.wait())
         bound = drain_s + DRAIN_MARGIN_S
