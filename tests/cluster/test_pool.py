@@ -34,7 +34,7 @@ NOWHERE = WorkerPlan("prefill-9", "prefill", "prefill", ({"CPU": 0.1}, {"CPU": 1
 CLASSES = pool.ActorClasses(
     standins.EngineActor, standins.FrontActor, standins.RouterActor, standins.WorkerSpec, standins.RouterSpec
 )
-NODE_S = 30.0
+NODE_S = 60.0
 CALL_S = 20.0
 AT_ONCE_S = 1.0
 
