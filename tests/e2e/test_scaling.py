@@ -27,7 +27,7 @@ scaling: {{max_workers: 5}}
 drain_s: 20
 move_after_s: 1
 """
-NUM_CLIENTS = 6
+NUM_CLIENTS = 4
 SETTLE_S = 90.0
 
 
