@@ -117,7 +117,7 @@ def restart(kinds: tuple[str, ...], waits: bool, timeout_s: float | None, as_jso
         generation = write(store, decide)
         wish = read_wish(store)
         which = chosen(wish)
-        started_as = Counter(member.born or "router" for member in store.members().values())
+        started_as: Counter[str] = Counter(member.born or "router" for member in store.members().values())
         counts = {kind: started_as[kind] for kind in which}
         if not as_json:
             click.echo(f"Replacing one after another: {', '.join(f'{counts[kind]} {kind}' for kind in which)}.")
