@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 
 import click
 
@@ -32,6 +33,8 @@ Examples:
 
 Each process drains (at most drain_s of the YAML), stops, and a new one takes
 its place; the next one follows when that one is ready. Requests go on.
+prefill and decode mean the workers that were started as such: one that has
+changed its role since belongs to the pool whose settings it has.
 
 {EXIT_CODES}
 """
@@ -114,10 +117,11 @@ def restart(kinds: tuple[str, ...], waits: bool, timeout_s: float | None, as_jso
         generation = write(store, decide)
         wish = read_wish(store)
         which = chosen(wish)
-        counts = {**wish.sizes, "router": wish.config["router"]["replicas"]}
+        started_as: Counter[str] = Counter(member.born or "router" for member in store.members().values())
+        counts = {kind: started_as[kind] for kind in which}
         if not as_json:
             click.echo(f"Replacing one after another: {', '.join(f'{counts[kind]} {kind}' for kind in which)}.")
             if "router" in which and (gap := router_gap(wish.config)):
                 click.echo(f"  Note: {gap}.")
-        bound = bound_of(wish.config, max(counts[kind] for kind in which)) if timeout_s is None else timeout_s
+        bound = bound_of(wish.config, max(counts.values())) if timeout_s is None else timeout_s
         see_it_through(store, generation, {"restart": which}, waits=waits, timeout_s=bound, as_json=as_json)

@@ -80,7 +80,7 @@ class Settling:
             return ["the controller is silent; what was asked for stays, and it goes on when it is back"]
         if report["generation"] < self._generation:
             return ["the controller takes it up"]
-        return list(report.get("waiting") or []) or ["the controller compares"]
+        return list(report.get("waiting") or []) or self._said
 
     @contextlib.contextmanager
     def _shown(self) -> Iterator[Callable[[list[str]], None]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from cluster.health import Health, Member, Report
 from cluster.pairs import Pair
 from cluster.scaling_view import Pool, Scaling, Used
@@ -9,6 +11,8 @@ from cluster.scaling_view import Pool, Scaling, Used
 _ROW = "{:<12} {:<8} {:<8} {:>5}  {:<21} {:>13} {:>7} {:>7}  {}"
 _PAIR = "{:<14} {:<20} {:<10} {:<10} {:>10} {:>7}  {}"
 _POOL = "{:<12} {:>6} {:>6} {:>9} {:>9} {:>8}  {}"
+_WIDTH = 116
+"""Of sentences; rows are as long as they are."""
 
 
 def lines_of(report: Report) -> list[str]:
@@ -44,7 +48,8 @@ def _scaling_lines(scaling: Scaling, controller: str) -> list[str]:
     said += ["", "  " + _POOL.format("pool", "wanted", "ready", "starting", "draining", "missing", "advice").rstrip()]
     said += [f"  {_pool_row(pool)}".rstrip() for pool in scaling.pools]
     reason = scaling.reason or ("" if scaling.mode == "off" else "no advice yet")
-    said.append(f"  scaling {scaling.mode}{f': {reason}' if reason else ''}")
+    scaled = f"scaling {scaling.mode}{f': {reason}' if reason else ''}"
+    said += textwrap.wrap(scaled, _WIDTH, initial_indent="  ", subsequent_indent="    ")
     budget = ", ".join(_budget(name, used) for name, used in scaling.budget.items() if used.limit is not None)
     return [*said, f"  budget: {budget}"] if budget else said
 

@@ -36,7 +36,7 @@ class Exit(enum.IntEnum):
 
 EXIT_CODES = """\b
 Exit code: 0 done, or nothing to do; 1 an error, and nothing was changed; 3 nothing runs;
-6 what was asked for is written, but has not come about in time."""
+6 what was asked for is written, but had not come about when the waiting ended."""
 
 _OPTIONS = (
     click.option("--wait/--no-wait", "waits", default=True, help="Wait until it has come about (default), or return."),
@@ -122,7 +122,10 @@ def see_it_through(
     """Wait for a wish that was written (None: there was nothing to do), and say how it ended. May exit."""
     outcome, began = Outcome.SETTLED, time.monotonic()
     if generation is not None and waits:
-        outcome = Settling(store, generation).follow(timeout_s)
+        try:
+            outcome = Settling(store, generation).follow(timeout_s)
+        except KeyboardInterrupt:
+            outcome = Outcome.LEFT
     took_s = time.monotonic() - began
     done = outcome is Outcome.SETTLED and (waits or generation is None)
     if as_json:
@@ -133,6 +136,6 @@ def see_it_through(
         click.echo(f"Done ({took_s:.1f} s).")
     if outcome is not Outcome.SETTLED:
         if not as_json:
-            text = f"Not done after {timeout_s:g} s; it stays asked for. `pdserve status` shows what it waits for."
+            text = f"Not done after {took_s:.0f} s; it stays asked for. `pdserve status` shows what it waits for."
             click.echo(text, err=True)
         raise click.exceptions.Exit(Exit.NOT_SETTLED)

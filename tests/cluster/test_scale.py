@@ -77,6 +77,9 @@ def test_a_colocated_cluster_has_one_pool(wanted: WantedCluster) -> None:
 
 def test_a_restart_is_one_more_turn(wanted: WantedCluster, valkey: RealValkey) -> None:
     wanted.up()
+    for name in ("prefill-0", "decode-0", "router-0"):
+        wanted.put(name)
+    wanted.put("decode-1", pool="prefill")
     with FakeController(valkey):
         shown = run("restart", "decode", "router")
         assert shown.exit_code == 0, shown.output
