@@ -210,7 +210,8 @@ class Pods:
 
     def kill_sidecar(self) -> None:
         if self.sidecar is not None and self.sidecar.poll() is None:
-            self.sidecar.kill()
+            for process in [*psutil.Process(self.sidecar.pid).children(recursive=True), self.sidecar]:
+                process.kill()
             self.sidecar.wait(30)
 
     def close(self) -> None:

@@ -70,10 +70,10 @@ def test_the_head_goes_and_comes_again_with_its_state_in_redis(running: Pods) ->
     before = running.registered()
     assert sorted(before) == MEMBERS
     with Load(running, num_clients=2) as load:
-        assert running.sidecar is not None
-        running.sidecar.kill()
+        running.kill_sidecar()
         head.kill()
-        shutil.rmtree(running.short / "head")
+        for path in (running.short / "head", running.directory / "run", head.node_dir):
+            shutil.rmtree(path, ignore_errors=True)  # the new pod has nothing of the old one
         load.wait_for(8)  # those under way, and new ones
         head.start()
         running.wait_joined()
