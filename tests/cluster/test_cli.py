@@ -78,3 +78,12 @@ def test_status_and_down_where_nothing_runs(run_dir: RunDir) -> None:
     assert "Start one with `pdserve up`" in shown.output
     assert json.loads(CliRunner().invoke(main, ["status", "--json"]).output)["health"] == "not_running"
     assert CliRunner().invoke(main, ["down"]).exit_code == 0
+
+
+@pytest.mark.parametrize("options", [[], ["--foreground"]])
+def test_keep_is_for_a_ray_that_outlives_the_command(run_dir: RunDir, tmp_path: Path, options: list[str]) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text("model: {path: x}\n")
+    said = CliRunner().invoke(main, ["up", "-f", str(file), "--keep", *options])
+    assert said.exit_code == 2
+    assert "--keep needs --foreground, and a ray.address" in said.output

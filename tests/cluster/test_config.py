@@ -182,3 +182,26 @@ def test_the_example_of_two_kinds_of_gpus_asks_ray_for_both_where_there_is_none_
         ("prefill", "CPU", "GPU", "accelerator_type:H100"): "in(spot, on-demand)",
         ("decode", "CPU", "GPU", "accelerator_type:H200"): "on-demand",
     }
+
+
+def test_the_password_of_a_redis_comes_from_its_file(tmp_path: Path) -> None:
+    secret, file = tmp_path / "redis", tmp_path / "x.yaml"
+    file.write_text(f"model: {{path: x}}\nredis: {{url: 'redis://valkey:6379/1', password_file: {secret}}}\n")
+    assert load_config(file).redis.url == "redis://valkey:6379/1", "a check needs no secrets"
+    secret.write_text("a/b c\n")
+    config = load_config(file)
+    assert config.redis.url == "redis://:a%2Fb%20c@valkey:6379/1"
+    secret.write_text("other")
+    assert from_plain(to_plain(config)) == config
+    file.write_text("model: {path: x}\nredis: {password_file: y}\n")
+    with pytest.raises(ConfigError, match="set url too"):
+        load_config(file)
+
+
+def test_routers_on_one_port_need_machines_of_their_own(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text("model: {path: x}\nrouter: {replicas: 2, same_port: true}\n")
+    with pytest.raises(ConfigError, match=r"set ray\.address"):
+        load_config(file)
+    file.write_text("model: {path: x}\nrouter: {replicas: 2, same_port: true}\nray: {address: 'head:6379'}\n")
+    assert load_config(file).router.same_port
