@@ -233,10 +233,11 @@ def test_sigterm_drains_a_worker_and_what_it_generates_goes_on_elsewhere(cluster
     """As a pod that is stopped gets it, all its processes at once; nobody has failed, not even for the router."""
     prompt = prompt_of(25, seed=4)
     before = cluster.until(lambda members: all(item["state"] == "ready" for item in members.values()))
+    processes = [cluster.process(f"decode-1-{name}.log") for name in log_names]
 
     async def scenario(stub) -> None:
-        asked = [asyncio.create_task(ask(stub, request_of(prompt, max_tokens=1000))) for _ in range(6)]
-        processes = [cluster.process(f"decode-1-{name}.log") for name in log_names]
+        asked = [asyncio.create_task(ask(stub, request_of(prompt, max_tokens=1000))) for _ in range(4)]
+        await asyncio.sleep(0.2)
         for process in processes:
             process.send_signal(signal.SIGTERM)
         for answer in await asyncio.gather(*asked):
