@@ -206,8 +206,19 @@ class Client:
                 yield event
 
     async def cancel(self, request_id: str) -> bool:
-        """End a running request; False where no such request runs."""
-        return bool((await self._unary("Cancel", CancelRequest(request_id=request_id))).found)
+        """End a running request, whichever router has it; False where no such request runs."""
+        failures = []
+        for server in self._servers:
+            try:
+                if (await self._ask(server, "Cancel", CancelRequest(request_id=request_id))).found:
+                    return True
+            except ClientError as error:
+                if not _is_unavailable(error):
+                    raise
+                failures.append(error)
+        if len(failures) == len(self._servers):
+            raise failures[-1]
+        return False
 
     async def list_models(self) -> list[Model]:
         """The models served, the default one first."""
@@ -226,15 +237,21 @@ class Client:
     async def _unary(self, method: str, request: object) -> Any:
         for left in reversed(range(len(self._servers))):
             server = self._server
-            call: Callable[..., Any] = getattr(server.stub, method)
             try:
-                return await call(request, metadata=server.metadata, timeout=UNARY_TIMEOUT_S)
-            except grpc.aio.AioRpcError as error:
-                failure = translate(error, server.endpoint.address)
-                if not left or not _is_unavailable(failure):
-                    raise failure from error
+                return await self._ask(server, method, request)
+            except ClientError as error:
+                if not left or not _is_unavailable(error):
+                    raise
             self._go_on_from(server)
         raise AssertionError("the last failure is raised")
+
+    @staticmethod
+    async def _ask(server: _Server, method: str, request: object) -> Any:
+        call: Callable[..., Any] = getattr(server.stub, method)
+        try:
+            return await call(request, metadata=server.metadata, timeout=UNARY_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise translate(error, server.endpoint.address) from error
 
     def _named(self, request: GenerateRequest) -> GenerateRequest:
         """A resumable request of this client's own id: another router knows it again by that."""

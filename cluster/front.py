@@ -175,15 +175,15 @@ class WorkerFront:
         """
         self._state = FrontState.DRAINING
         self._set_draining(True)
-        wait_s = move_after_s
+        loop = asyncio.get_running_loop()
+        hand_back_at = loop.time() + move_after_s
         try:
             async with asyncio.timeout(timeout_s):
                 await asyncio.sleep(NOTICE_S)
-                with contextlib.suppress(EngineGoneError):  # then nothing runs any more, or time is up
-                    await self.link.catch_up(timeout_s)
-                while not await self._is_idle_within(wait_s):
-                    await self._hand_back("its worker leaves")
-                    wait_s = HAND_BACK_EVERY_S
+                while not await self._is_done():
+                    if not await self._is_idle_within(hand_back_at - loop.time()):
+                        await self._hand_back("its worker leaves")
+                        hand_back_at = loop.time() + HAND_BACK_EVERY_S
         except TimeoutError:
             log.warning("drain: %d requests are left after %.1f s", num_open(self.link.stats), timeout_s)
             return False
@@ -238,8 +238,14 @@ class WorkerFront:
         await self.stop()
         return answer
 
+    async def _is_done(self) -> bool:
+        """Whether nothing is left of all that was ever asked for; the engine tells between two steps."""
+        with contextlib.suppress(EngineGoneError):  # then nothing runs any more
+            await self.link.catch_up(TELL_TIMEOUT_S)
+        return num_open(self.link.stats) == 0
+
     async def _is_idle_within(self, wait_s: float) -> bool:
-        """Whether nothing is left, now or before the time is over."""
+        """Whether nothing seems to be left, now or before the time is over."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(None if math.isinf(wait_s) else wait_s), self.link.news:
                 await self.link.news.wait_for(lambda: num_open(self.link.stats) == 0)

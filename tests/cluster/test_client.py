@@ -105,6 +105,21 @@ class TestSeveralRouters:
         assert self.ask(first.address, second.address, resumable=True) == [answer_ids([97, 98], 6)]
         assert (second.resumed_from, first.resumed_from) == ([2], [4])
 
+    def test_cancel_finds_the_router_that_has_it(self, routers):
+        first, second = routers
+        second.requests.append(GenerateRequest(request_id="there"))
+
+        async def run():
+            addresses = (first.address, "127.0.0.1:1", second.address)
+            async with Client(*(Endpoint(address=address) for address in addresses)) as client:
+                assert await client.cancel("there")
+                assert not await client.cancel("nowhere")
+            async with Client(Endpoint(address="127.0.0.1:1")) as client:
+                with pytest.raises(NoClusterError):
+                    await client.cancel("there")
+
+        asyncio.run(run())
+
     def test_a_plain_one_that_has_tokens_ends_and_so_does_one_that_all_refuse(self, routers):
         first, second = routers
         first.unavailable_at = 2

@@ -37,6 +37,7 @@ prefill: {{workers: 2, max_step_tokens: 64, max_running: 32}}
 decode: {{workers: 2, max_step_tokens: 64, max_running: 32}}
 router: {{port: 0, no_worker_grace_s: 30}}
 drain_s: 10
+move_after_s: 0.2
 """
 
 
@@ -227,19 +228,30 @@ def test_a_killed_prefill_process_fails_nobody_and_comes_back(cluster, alone, lo
     cluster.until(lambda members: members[worker]["state"] == "ready" and members[worker]["epoch"] > before)
 
 
-def test_sigterm_drains_a_worker_within_its_bound(cluster, alone):
+@pytest.mark.parametrize("log_names", [["front"], ["engine0"], ["front", "engine0"]])
+def test_sigterm_drains_a_worker_and_what_it_generates_goes_on_elsewhere(cluster, alone, log_names):
+    """As a pod that is stopped gets it, all its processes at once; nobody has failed, not even for the router."""
     prompt = prompt_of(25, seed=4)
-    before = {name: cluster.members()[name]["epoch"] for name in ("decode-0", "decode-1")}
+    before = cluster.until(lambda members: all(item["state"] == "ready" for item in members.values()))
+    processes = [cluster.process(f"decode-1-{name}.log") for name in log_names]
 
     async def scenario(stub) -> None:
-        asked = [asyncio.create_task(ask(stub, request_of(prompt, max_tokens=200))) for _ in range(4)]
+        asked = [asyncio.create_task(ask(stub, request_of(prompt, max_tokens=1000))) for _ in range(4)]
         await asyncio.sleep(0.2)
-        cluster.process("decode-1-front.log").send_signal(signal.SIGTERM)
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
         for answer in await asyncio.gather(*asked):
-            assert answer.token_ids == alone(prompt, max_tokens=200)
+            assert answer.token_ids == alone(prompt, max_tokens=1000)
 
     with_stub(cluster, scenario)
-    cluster.until(lambda members: members["decode-1"]["epoch"] > before["decode-1"])
+    after = cluster.until(
+        lambda members: (
+            members["decode-1"]["epoch"] > before["decode-1"]["epoch"] and members["decode-1"]["state"] == "ready"
+        )
+    )
+    numbers = [members["router-0"]["numbers"] for members in (before, after)]
+    assert numbers[0]["failed_attempts_total"] == numbers[1]["failed_attempts_total"]
+    assert numbers[0]["moved_total"] < numbers[1]["moved_total"]
 
 
 def test_a_killed_registry_is_started_again_and_no_stream_notices(cluster, alone):
