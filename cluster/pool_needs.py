@@ -30,6 +30,11 @@ MAX_QUEUED = 2.0
 """Those that wait at routers add no more than so many times what the decode pool has."""
 USUAL_EXPONENT = 0.5
 """How the ITL grows with a worker's load, until that is seen: as its root, for a step also has a fixed part."""
+CAREFUL_EXPONENT = 0.8
+"""The same where a pool is to shrink: near its limit a step is almost all reading of KV, and a little less room fills
+the workers left by much."""
+BEST_ITL = 10.0
+"""An ITL is taken to be no better than so many times its SLO."""
 LEAST_LOAD = 0.1
 """An ITL over its SLO asks for no more workers than would bring each to this load: if that does not help, the ITL does
 not come from the load."""
@@ -123,30 +128,32 @@ def decode_need(samples: Sequence[LoadSample], to: Horizon) -> Need | None:
     scaling, newest = to.scaling, heard[-1]
     points, load, itl_s = _decode_points(heard)
     # 1. The load at which a worker is full, be it of KV, of requests, or for the ITL.
-    grows = exponent([(_load(each), each.itl_mean_s or 0.0) for each in _last(heard, to.trend_s)], USUAL_EXPONENT)
+    pairs = [(_load(each), each.itl_mean_s or 0.0) for each in heard]
+    grows, careful = exponent(pairs, USUAL_EXPONENT), exponent(pairs, CAREFUL_EXPONENT)
     late_s = statistics.median(found) if (found := _itls(heard)) else 0.0
     full, by_itl = 1.0, math.inf
     if late_s and load > 0:
-        by_itl = max(load * (scaling.itl_slo_s / late_s) ** (1 / max(grows, 0.2)), LEAST_LOAD, load / 2)
+        better = min(BEST_ITL, scaling.itl_slo_s / late_s)
+        by_itl = max(load * better ** (1 / max(grows, 0.2)), LEAST_LOAD, load / 2)
         full = min(full, by_itl)
     full *= 1 - scaling.headroom
     # 2. What comes, in requests' KV that is read in a second: that stays the same whatever the number of workers.
     level, rise = recent(points), slope(_since(points, to.trend_s))
     expected = ahead(level, rise, to.start_s)
 
-    def workers(reads_per_s: float) -> int:
+    def workers(reads_per_s: float, grows: float) -> int:
         if load <= 0 or reads_per_s <= 0:
             return 0
         return math.ceil(float(reads_per_s * itl_s * (full / load) ** grows / full) - 1e-9)
 
-    up = workers(expected)
+    up = workers(expected, grows)
     held = max(expected, peak(points, scaling.shrink_pause_s))
     queued = f", {newest.queued_requests} requests wait for room" if newest.queued_requests else ""
     itl = f", ITL p99 {late_s * 1e3:.1f} of {scaling.itl_slo_s * 1e3:g} ms" if late_s else ""
     what = "KV" if newest.decode.kv_share >= newest.decode.place_share else "places"
     return Need(
         up=up,
-        down=max(up, workers(held * (1 + scaling.hysteresis))),
+        down=max(up, workers(held * (1 + scaling.hysteresis), careful)),
         why=(
             f"{load:.0%} of the {what} of {newest.decode.ready} workers taken{queued}{itl}"
             f"{_trend_words(level, rise, expected)}, {up} workers stay under {full:.0%}"
@@ -214,10 +221,6 @@ def _itls(heard: Sequence[LoadSample]) -> list[float]:
 
 def _since(points: Points, span_s: float) -> Points:
     return [point for point in points if point[0] > points[-1][0] - span_s]
-
-
-def _last(samples: Sequence[LoadSample], span_s: float) -> list[LoadSample]:
-    return [each for each in samples if each.at > samples[-1].at - span_s]
 
 
 def _trend_words(level: float, rise_per_s: float, expected: float) -> str:
