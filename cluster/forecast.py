@@ -6,6 +6,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 Points = Sequence[tuple[float, float]]
 """Time in seconds, value; oldest first."""
@@ -86,14 +87,31 @@ def servers_for(work: float, service_s: float, spread: float, wait_s: float, lat
     return MOST_SERVERS
 
 
-def exponent(pairs: Sequence[tuple[float, float]], usual: float) -> float:
-    """How y grows with x, as the power of x: a regression of logarithms that leans to the usual one where x hardly
-    varied; from 0 to 0.85."""
-    logs = [(math.log(x), math.log(y)) for x, y in pairs if x > 0 and y > 0]
-    if len(logs) < 3:
-        return usual
-    mean_x, mean_y = (sum(each) / len(logs) for each in zip(*logs, strict=True))
-    doubt = 0.01 * len(logs)
-    above = sum((x - mean_x) * (y - mean_y) for x, y in logs) + doubt * usual
-    below = math.fsum((x - mean_x) ** 2 for x, _ in logs) + doubt
-    return float(min(0.85, max(0.0, above / below)))
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A figure that grows with a load: a fixed part, and one for each unit of load."""
+
+    fixed: float
+    rise: float
+
+    def at(self, load: float) -> float:
+        """The figure at a load."""
+        return self.fixed + self.rise * load
+
+    def reaches(self, value: float) -> float:
+        """The load at which the figure has that value; infinite if it does not grow."""
+        return (value - self.fixed) / self.rise if self.rise > 0 else math.inf
+
+
+def line(pairs: Sequence[tuple[float, float]], usual: float) -> Line:
+    """The line through (load, figure): least squares that lean, where the load hardly varied, to a figure that a load
+    of 1 makes greater by `usual` times its fixed part. It never falls."""
+    known = [(x, y) for x, y in pairs if x > 0 and y > 0]
+    if not known:
+        return Line(1.0, usual)
+    mean_x, mean_y = (math.fsum(each) / len(known) for each in zip(*known, strict=True))
+    doubt = 0.01 * mean_x * mean_x * len(known)
+    above = math.fsum((x - mean_x) * (y - mean_y) for x, y in known) + doubt * usual * mean_y / (1 + usual * mean_x)
+    rise = max(0.0, above / (math.fsum((x - mean_x) ** 2 for x, _ in known) + doubt)) if doubt else 0.0
+    rise = min(rise, 0.98 * mean_y / mean_x)
+    return Line(mean_y - rise * mean_x, rise)

@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from cluster.forecast import Points, ahead, exponent, peak, recent, servers_for, slope
+from cluster.forecast import Line, Points, ahead, line, peak, recent, servers_for, slope
 from cluster.load_sample import LoadSample, PoolLoad
 from cluster.scaling_config import ScalingConfig
 
@@ -28,8 +28,15 @@ MAX_REFUSED = 1.0
 """Refused requests come again and are counted again; they add no more than this share to the load."""
 MAX_QUEUED = 2.0
 """Those that wait at routers add no more than so many times what the decode pool has."""
-USUAL_EXPONENT = 0.5
-"""How the ITL grows with a worker's load, until that is seen: as its root, for a step also has a fixed part."""
+USUAL_RISE = 2.0
+"""By how many times its fixed part a step is longer where a worker is full, until that is seen."""
+CAREFUL_RISE = 7.0
+"""The same where a pool is to shrink: reading KV may be almost all of a step (an H200 with an 8B model), and then a
+little less room fills the workers that are left by much."""
+SATURATED = 0.95
+"""Load from which on a worker is taken to be full."""
+BEST_ITL = 10.0
+"""An ITL is taken to be no better than so many times its SLO."""
 LEAST_LOAD = 0.1
 """An ITL over its SLO asks for no more workers than would bring each to this load: if that does not help, the ITL does
 not come from the load."""
@@ -123,30 +130,33 @@ def decode_need(samples: Sequence[LoadSample], to: Horizon) -> Need | None:
     scaling, newest = to.scaling, heard[-1]
     points, load, itl_s = _decode_points(heard)
     # 1. The load at which a worker is full, be it of KV, of requests, or for the ITL.
-    grows = exponent([(_load(each), each.itl_mean_s or 0.0) for each in _last(heard, to.trend_s)], USUAL_EXPONENT)
+    pairs = [(_load(each), each.itl_mean_s or 0.0) for each in heard]
+    usual, careful = line(pairs, USUAL_RISE), line(pairs, CAREFUL_RISE)
     late_s = statistics.median(found) if (found := _itls(heard)) else 0.0
-    full, by_itl = 1.0, math.inf
+    full = 1.0
     if late_s and load > 0:
-        by_itl = max(load * (scaling.itl_slo_s / late_s) ** (1 / max(grows, 0.2)), LEAST_LOAD, load / 2)
-        full = min(full, by_itl)
+        slo_s = usual.at(load) * min(BEST_ITL, scaling.itl_slo_s / late_s)
+        full = min(full, max(usual.reaches(slo_s), LEAST_LOAD, load / 2))
     full *= 1 - scaling.headroom
     # 2. What comes, in requests' KV that is read in a second: that stays the same whatever the number of workers.
-    level, rise = recent(points), slope(_since(points, to.trend_s))
+    #    Where workers are full it is what they can do, and tells no trend.
+    free = [point for point, each in zip(points, heard, strict=True) if _load(each) < SATURATED]
+    level, rise = recent(points), slope(_since(free, to.trend_s))
     expected = ahead(level, rise, to.start_s)
 
-    def workers(reads_per_s: float) -> int:
+    def workers(reads_per_s: float, itl: Line) -> int:
         if load <= 0 or reads_per_s <= 0:
             return 0
-        return math.ceil(float(reads_per_s * itl_s * (full / load) ** grows / full) - 1e-9)
+        return math.ceil(reads_per_s * itl_s * itl.at(full) / itl.at(load) / full - 1e-9)
 
-    up = workers(expected)
+    up = workers(expected, usual)
     held = max(expected, peak(points, scaling.shrink_pause_s))
     queued = f", {newest.queued_requests} requests wait for room" if newest.queued_requests else ""
     itl = f", ITL p99 {late_s * 1e3:.1f} of {scaling.itl_slo_s * 1e3:g} ms" if late_s else ""
     what = "KV" if newest.decode.kv_share >= newest.decode.place_share else "places"
     return Need(
         up=up,
-        down=max(up, workers(held * (1 + scaling.hysteresis))),
+        down=max(up, workers(held * (1 + scaling.hysteresis), careful)),
         why=(
             f"{load:.0%} of the {what} of {newest.decode.ready} workers taken{queued}{itl}"
             f"{_trend_words(level, rise, expected)}, {up} workers stay under {full:.0%}"
@@ -156,7 +166,7 @@ def decode_need(samples: Sequence[LoadSample], to: Horizon) -> Need | None:
             "decode_full_load": full,
             "decode_running": float(newest.decode.running),
             "itl_p99_s": late_s,
-            "itl_exponent": grows,
+            "itl_rise": usual.rise / usual.fixed,
             "decode_expected_rise": expected / level - 1 if level else 0.0,
         },
     )
@@ -213,11 +223,7 @@ def _itls(heard: Sequence[LoadSample]) -> list[float]:
 
 
 def _since(points: Points, span_s: float) -> Points:
-    return [point for point in points if point[0] > points[-1][0] - span_s]
-
-
-def _last(samples: Sequence[LoadSample], span_s: float) -> list[LoadSample]:
-    return [each for each in samples if each.at > samples[-1].at - span_s]
+    return [point for point in points if point[0] > points[-1][0] - span_s] if points else []
 
 
 def _trend_words(level: float, rise_per_s: float, expected: float) -> str:

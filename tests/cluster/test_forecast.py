@@ -6,15 +6,15 @@ import random
 
 import pytest
 
-from cluster.forecast import ahead, exponent, peak, recent, servers_for, slope
+from cluster.forecast import ahead, line, peak, recent, servers_for, slope
 
 
-def line(start: float, rise: float, num: int = 60, step_s: float = 5.0) -> list[tuple[float, float]]:
+def points_of(start: float, rise: float, num: int = 60, step_s: float = 5.0) -> list[tuple[float, float]]:
     return [(i * step_s, start + rise * i * step_s) for i in range(num)]
 
 
 def test_the_present_is_what_came_of_late() -> None:
-    points = [*line(10.0, 0.0), (300.0, 40.0), (305.0, 40.0), (310.0, 40.0)]
+    points = [*points_of(10.0, 0.0), (300.0, 40.0), (305.0, 40.0), (310.0, 40.0)]
     assert recent(points) == 40.0
     assert recent([]) == peak([], 60.0) == 0.0
     assert peak([*points, *((315.0 + 5 * i, 10.0) for i in range(10))], 60.0) == 40.0
@@ -22,14 +22,14 @@ def test_the_present_is_what_came_of_late() -> None:
 
 
 def test_a_trend_is_taken_for_one_only_if_it_is_clear() -> None:
-    assert slope(line(100.0, 0.5)) == pytest.approx(0.5)
-    assert slope(line(100.0, -0.5)) == pytest.approx(-0.5)
+    assert slope(points_of(100.0, 0.5)) == pytest.approx(0.5)
+    assert slope(points_of(100.0, -0.5)) == pytest.approx(-0.5)
     rng = random.Random(1)
     noise = [(i * 5.0, 100 * rng.lognormvariate(0, 0.3)) for i in range(60)]
     assert slope(noise) == 0.0
-    outlier = [*line(100.0, 0.5)[:-1], (295.0, 1e6)]
+    outlier = [*points_of(100.0, 0.5)[:-1], (295.0, 1e6)]
     assert slope(outlier) < 5
-    assert slope(line(1.0, 1.0, num=3)) == 0.0
+    assert slope(points_of(1.0, 1.0, num=3)) == 0.0
 
 
 def test_no_load_is_expected_to_more_than_double() -> None:
@@ -64,8 +64,13 @@ def test_more_servers_for_more_work_and_for_shorter_waits() -> None:
     assert servers_for(0.0, 1.0, 1.0, 1.0) == 0
 
 
-def test_how_one_figure_grows_with_another() -> None:
-    pairs = [(x / 20, 0.02 * (x / 20) ** 0.7) for x in range(2, 20)]
-    assert exponent(pairs, 0.5) == pytest.approx(0.7, abs=0.02)
-    assert exponent([(0.5, 0.02)] * 20, 0.5) == pytest.approx(0.5)
-    assert exponent([(x / 20, 0.03) for x in range(2, 20)], 0.5) < 0.05
+def test_how_a_figure_grows_with_a_load() -> None:
+    varied = line([(x / 20, 0.004 + 0.03 * x / 20) for x in range(2, 20)], 2.0)
+    assert (varied.fixed, varied.rise) == (pytest.approx(0.004, abs=0.001), pytest.approx(0.03, rel=0.05))
+    assert varied.reaches(varied.at(0.7)) == pytest.approx(0.7)
+    constant = line([(0.5, 0.02)] * 20, 3.0)
+    assert constant.at(0.5) == pytest.approx(0.02)
+    assert constant.rise / constant.fixed == pytest.approx(3.0), "nothing is seen: as usual"
+    flat = line([(x / 20, 0.03) for x in range(2, 20)], 2.0)
+    assert flat.at(1.0) < 1.1 * flat.at(0.1)
+    assert line([(0.2, 0.03), (0.4, 0.02), (0.8, 0.01)], 0.0).reaches(1.0) == float("inf"), "it never falls"
