@@ -9,9 +9,9 @@ from dataclasses import replace
 from router.request_store import RequestRecord
 from router.store import FleetStore
 from tests.router.harness import run
-from tests.router.test_store import make_store, opened, valkey
+from tests.router.test_store import make_store, opened
 
-__all__ = ["make_store", "valkey"]
+__all__ = ["make_store"]
 
 RECORD = RequestRecord(
     request_id="r 1", owner="somebody", body="digest", request=b"\x00\xff prompt", router_id="router-0"
