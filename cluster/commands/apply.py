@@ -45,7 +45,7 @@ With --watch the command stays and applies each change of the file, also one
 that a Kubernetes ConfigMap brings. Ctrl-C or SIGTERM ends it; the cluster runs on.
 
 {EXIT_CODES}
-5 it needs a restart of the cluster, and nothing was changed.
+Beside these 5: it needs a restart of the cluster, and nothing was changed.
 """
 
 
