@@ -11,7 +11,7 @@ from dataclasses import dataclass
 Points = Sequence[tuple[float, float]]
 """Time in seconds, value; oldest first."""
 
-RECENT_S = 15.0
+RECENT_S = 30.0
 """What lies no further back is taken as the present."""
 NUM_BINS = 12
 """Of so many means a trend is made."""
@@ -110,7 +110,7 @@ def line(pairs: Sequence[tuple[float, float]], usual: float) -> Line:
     if not known:
         return Line(1.0, usual)
     mean_x, mean_y = (math.fsum(each) / len(known) for each in zip(*known, strict=True))
-    doubt = 0.01 * mean_x * mean_x * len(known)
+    doubt = 0.04 * mean_x * mean_x * len(known)
     above = math.fsum((x - mean_x) * (y - mean_y) for x, y in known) + doubt * usual * mean_y / (1 + usual * mean_x)
     rise = max(0.0, above / (math.fsum((x - mean_x) ** 2 for x, _ in known) + doubt)) if doubt else 0.0
     rise = min(rise, 0.98 * mean_y / mean_x)
