@@ -2,8 +2,8 @@
 
     python -m benchmarks.elastic --simulate --trace conversation.jsonl
 
-simulates a split cluster of H200-like workers (the paces of deploy/examples/rehearsal.yaml) under a recorded load in the
-Mooncake format, made faster, once as it is and once modulated: days in minutes. The autoscaler that decides is the
+simulates a split cluster of H200-like workers (the paces of deploy/examples/rehearsal.yaml) under a recorded load in
+the Mooncake format, made faster, once as it is and once modulated: days in minutes. The autoscaler that decides is the
 cluster's own. See benchmarks/elastic_sim.py for what is simulated and benchmarks/elastic_compare.py for the rivals.
 """
 
@@ -94,10 +94,10 @@ def _plant(config: ClusterConfig, options: dict[str, float]) -> Plant:
 @click.option("--scale", default=100.0, show_default=True, help="How many times the trace's rate.")
 @click.option("--hours", default=24.0, show_default=True, help="Simulated, of the modulated load.")
 @click.option("--flat-hours", default=6.0, show_default=True, help="Simulated, of the load as it was recorded.")
-@click.option("--step", "step_s", default=1.0, show_default=True, help="Seconds of a step.")
+@click.option("--step", "step_s", default=2.0, show_default=True, help="Seconds of a step.")
 @click.option("--ttft-slo", "ttft_slo_s", default=2.0, show_default=True, help="Seconds.")
 @click.option("--itl-slo", "itl_slo_s", default=0.03, show_default=True, help="Seconds.")
-@click.option("--start", "start_s", default=90.0, show_default=True, help="Seconds until a new worker is ready.")
+@click.option("--start", "start_s", default=60.0, show_default=True, help="Seconds until a new worker is ready.")
 @click.option("--headroom", default=0.05, show_default=True, help="scaling.headroom")
 @click.option("--hysteresis", default=0.05, show_default=True, help="scaling.hysteresis")
 @click.option("--seed", default=1, show_default=True)

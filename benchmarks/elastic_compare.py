@@ -18,8 +18,8 @@ from benchmarks.elastic_policies import ByUtilisation, Fixed, Ours
 from benchmarks.elastic_sim import Cluster, Figures, Plant, Policy, Run, figures_of
 from cluster.scaling_config import ScalingConfig
 
-TARGETS = (0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
-RATIOS = (0.6, 0.75, 0.9, 1.0, 1.1, 1.25, 1.4, 1.6, 1.8, 2.0, 2.3, 2.6)
+TARGETS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+RATIOS = (0.7, 0.85, 1.0, 1.2, 1.45)
 """Prefill workers for each decode worker, as parts of the best fixed sizes' ratio."""
 POOLS = ("prefill", "decode")
 OnProgress = Callable[[str], object]

@@ -41,7 +41,7 @@ class Curves:
     daily: float = 0.0
     """Swing of the rate over a day, as a share: 0.6 goes from 0.4 at midnight to 1.6 at noon."""
     burst: float = 1.0
-    """The rate is multiplied by this in bursts, which rise within 2 minutes and hold for 10."""
+    """The rate is multiplied by this in bursts, which rise within 5 minutes and hold for 10."""
     burst_every_s: float = 7200.0
     """On average; when they come is drawn."""
     shift: float = 0.0
@@ -53,7 +53,7 @@ class Curves:
         if self.burst != 1.0:
             gaps = rng.exponential(self.burst_every_s, size=max(1, round(2 * float(at[-1]) / self.burst_every_s)))
             for start in np.cumsum(gaps):
-                shape = np.clip(np.minimum((at - start) / 120, (start + 840 - at) / 120), 0, 1)
+                shape = np.clip(np.minimum((at - start) / 300, (start + 1200 - at) / 300), 0, 1)
                 rate = rate * (1 + (self.burst - 1) * shape)
         return np.asarray(rate)
 

@@ -41,7 +41,7 @@ class Plant:
     max_running: int
     ttft_slo_s: float
     itl_slo_s: float
-    start_s: float = 90.0
+    start_s: float = 60.0
     """From the wish for a worker to its first request."""
     role_s: float = 5.0
     """A change of role."""

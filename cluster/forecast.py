@@ -17,6 +17,9 @@ NUM_BINS = 12
 """Of so many means a trend is made."""
 CLEAR = 0.75
 """Share of the pairs of means that must agree on a trend's direction."""
+SUDDEN_S = 60.0
+SUDDENLY_CLEAR = 0.9
+"""The same for a trend within the last SUDDEN_S."""
 MAX_RISE = 1.0
 """A load is never expected to rise by more than this share of itself, however far ahead."""
 MOST_SERVERS = 2000
@@ -48,7 +51,16 @@ def peak(points: Points, span_s: float) -> float:
     return most
 
 
-def slope(points: Points) -> float:
+def trend(points: Points, span_s: float) -> float:
+    """Rise in a second over so long, or a greater one that is new."""
+    if not points:
+        return 0.0
+    end = points[-1][0]
+    long = slope([point for point in points if point[0] > end - span_s])
+    return max(long, slope([point for point in points if point[0] > end - SUDDEN_S], SUDDENLY_CLEAR))
+
+
+def slope(points: Points, clear: float = CLEAR) -> float:
     """Rise in a second, 0 where it is not clear: the median over pairs of means (Theil 1950, Sen 1968)."""
     if len(points) < NUM_BINS // 2:
         return 0.0
@@ -59,7 +71,7 @@ def slope(points: Points) -> float:
     if not slopes:
         return 0.0
     agree = max(sum(each > 0 for each in slopes), sum(each < 0 for each in slopes)) / len(slopes)
-    return statistics.median(slopes) if agree >= CLEAR else 0.0
+    return statistics.median(slopes) if agree >= clear else 0.0
 
 
 def ahead(level: float, rise_per_s: float, horizon_s: float) -> float:

@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from cluster.forecast import MOST_SERVERS, Line, Points, ahead, line, peak, recent, servers_for, slope
+from cluster.forecast import MOST_SERVERS, Line, Points, ahead, line, peak, recent, servers_for, trend
 from cluster.load_sample import LoadSample, PoolLoad
 from cluster.scaling_config import ScalingConfig
 
@@ -79,7 +79,7 @@ def prefill_need(samples: Sequence[LoadSample], pool: Callable[[LoadSample], Poo
         return None
     # 1. What comes, and what it may have risen to.
     points = [(each.at, _prompt_load(each)) for each in samples]
-    level, rise = recent(points), slope(_since(points, to.trend_s))
+    level, rise = recent(points), trend(points, to.trend_s)
     expected = ahead(level, rise, to.start_s)
     # 2. What has piled up beyond what is being worked off in time anyway.
     mean, spread = _prompt_size(samples)
@@ -144,8 +144,8 @@ def decode_need(samples: Sequence[LoadSample], to: Horizon) -> Need | None:
     # 2. What comes, in requests' KV that is read in a second: that stays the same whatever the number of workers.
     #    Where workers are full it is what they can do, and tells no trend.
     free = [point for point, each in zip(points, heard, strict=True) if _load(each) < SATURATED]
-    level, rise = recent(points), slope(_since(free, to.trend_s))
-    expected = ahead(level, rise, to.start_s)
+    level, rise = recent(points), trend(free, to.trend_s)
+    expected = max(ahead(level, rise, to.start_s), level * _arrivals_rise(heard, to))
 
     def workers(reads_per_s: float, itl: Line) -> int:
         if load <= 0 or reads_per_s <= 0:
@@ -213,6 +213,13 @@ def _load(sample: LoadSample) -> float:
     return max(sample.decode.kv_share, sample.decode.place_share)
 
 
+def _arrivals_rise(samples: Sequence[LoadSample], to: Horizon) -> float:
+    """What the requests that come may have risen to, over what they are: what they bring to generate follows later."""
+    points = [(each.at, each.requests_per_s) for each in samples]
+    level = recent(points)
+    return ahead(level, trend(points, to.trend_s), to.start_s) / level if level else 1.0
+
+
 def _awaited(sample: LoadSample) -> float:
     """Share of the requests of decode workers whose KV is not there yet."""
     return min(1.0, sample.decode.reserved / sample.decode.running) if sample.decode.running else 0.0
@@ -244,10 +251,6 @@ def _itl_p99(heard: Sequence[LoadSample]) -> tuple[float, float]:
     late_s = statistics.median(each.itl_p99_s or 0.0 for each in found)
     tail = statistics.median((each.itl_p99_s or 0.0) / max(LEAST_ITL_S, each.itl_mean_s or 0.0) for each in found)
     return late_s, max(1.0, tail)
-
-
-def _since(points: Points, span_s: float) -> Points:
-    return [point for point in points if point[0] > points[-1][0] - span_s] if points else []
 
 
 def _trend_words(level: float, rise_per_s: float, expected: float) -> str:
