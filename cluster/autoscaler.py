@@ -20,6 +20,9 @@ from cluster.size_limits import Limits, Sizes
 SHRINK_SHARE = 0.15
 """A pool gets smaller by no more than this share of itself at a time, and by one at least."""
 
+HANDED_SHARE = 0.3
+"""No more than this share of a pool goes to the other one at a time, and one at least."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
@@ -118,7 +121,8 @@ def _handed_over(inputs: Inputs, current: Sizes, wanted: dict[str, int], needs: 
         lacks = wanted[taker] - current[taker]
         spare = current[giver] - max(needs[giver].down, limits[giver].min)
         if lacks > 0 and spare > 0 and _since_change(inputs, giver) >= inputs.scaling.grow_pause_s:
-            return {**wanted, giver: min(wanted[giver], current[giver] - min(lacks, spare))}
+            most = max(1, int(HANDED_SHARE * current[giver]))
+            return {**wanted, giver: min(wanted[giver], current[giver] - min(lacks, spare, most))}
     return wanted
 
 

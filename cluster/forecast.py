@@ -11,12 +11,15 @@ from dataclasses import dataclass
 Points = Sequence[tuple[float, float]]
 """Time in seconds, value; oldest first."""
 
-RECENT_S = 15.0
+RECENT_S = 30.0
 """What lies no further back is taken as the present."""
 NUM_BINS = 12
 """Of so many means a trend is made."""
 CLEAR = 0.75
 """Share of the pairs of means that must agree on a trend's direction."""
+SUDDEN_S = 60.0
+SUDDENLY_CLEAR = 0.9
+"""The same for a trend within the last SUDDEN_S."""
 MAX_RISE = 1.0
 """A load is never expected to rise by more than this share of itself, however far ahead."""
 MOST_SERVERS = 2000
@@ -48,7 +51,16 @@ def peak(points: Points, span_s: float) -> float:
     return most
 
 
-def slope(points: Points) -> float:
+def trend(points: Points, span_s: float) -> float:
+    """Rise in a second over so long, or a greater one that is new."""
+    if not points:
+        return 0.0
+    end = points[-1][0]
+    long = slope([point for point in points if point[0] > end - span_s])
+    return max(long, slope([point for point in points if point[0] > end - SUDDEN_S], SUDDENLY_CLEAR))
+
+
+def slope(points: Points, clear: float = CLEAR) -> float:
     """Rise in a second, 0 where it is not clear: the median over pairs of means (Theil 1950, Sen 1968)."""
     if len(points) < NUM_BINS // 2:
         return 0.0
@@ -59,7 +71,7 @@ def slope(points: Points) -> float:
     if not slopes:
         return 0.0
     agree = max(sum(each > 0 for each in slopes), sum(each < 0 for each in slopes)) / len(slopes)
-    return statistics.median(slopes) if agree >= CLEAR else 0.0
+    return statistics.median(slopes) if agree >= clear else 0.0
 
 
 def ahead(level: float, rise_per_s: float, horizon_s: float) -> float:
@@ -110,7 +122,7 @@ def line(pairs: Sequence[tuple[float, float]], usual: float) -> Line:
     if not known:
         return Line(1.0, usual)
     mean_x, mean_y = (math.fsum(each) / len(known) for each in zip(*known, strict=True))
-    doubt = 0.01 * mean_x * mean_x * len(known)
+    doubt = 0.04 * mean_x * mean_x * len(known)
     above = math.fsum((x - mean_x) * (y - mean_y) for x, y in known) + doubt * usual * mean_y / (1 + usual * mean_x)
     rise = max(0.0, above / (math.fsum((x - mean_x) ** 2 for x, _ in known) + doubt)) if doubt else 0.0
     rise = min(rise, 0.98 * mean_y / mean_x)

@@ -35,6 +35,8 @@ class PoolLoad:
     ready: int = 0
     running: int = 0
     """Requests that they have, those included whose KV is awaited."""
+    reserved: int = 0
+    """Of these, those whose KV is awaited."""
     kv_share: float = 0.0
     """Share of their blocks that is held or promised, from 0 to 1."""
     place_share: float = 0.0
@@ -179,6 +181,7 @@ def pool_load(stats: Iterable[Mapping[str, Any]]) -> PoolLoad:
     return PoolLoad(
         ready=len(workers),
         running=sum(open_of),
+        reserved=sum(each["num_reserved"] for each in workers),
         kv_share=_share(sum(map(_taken, workers)), blocks),
         place_share=_share(sum(open_of), sum(open_of) + places) if places else 0.0,
         waiting_tokens=sum(each["waiting_tokens"] for each in workers),

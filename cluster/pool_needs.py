@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from cluster.forecast import Line, Points, ahead, line, peak, recent, servers_for, slope
+from cluster.forecast import MOST_SERVERS, Line, Points, ahead, line, peak, recent, servers_for, trend
 from cluster.load_sample import LoadSample, PoolLoad
 from cluster.scaling_config import ScalingConfig
 
@@ -35,11 +35,12 @@ CAREFUL_RISE = 7.0
 little less room fills the workers that are left by much."""
 SATURATED = 0.95
 """Load from which on a worker is taken to be full."""
-BEST_ITL = 10.0
-"""An ITL is taken to be no better than so many times its SLO."""
+LEAST_ITL_S = 1e-6
 LEAST_LOAD = 0.1
 """An ITL over its SLO asks for no more workers than would bring each to this load: if that does not help, the ITL does
 not come from the load."""
+FEW = 12
+"""Samples of which the least share of awaited KV is taken for the usual one: more is due to the prefill pool."""
 PATIENCE = 3
 """Samples in a row that must say so before a measured TTFT asks for a worker."""
 
@@ -78,7 +79,7 @@ def prefill_need(samples: Sequence[LoadSample], pool: Callable[[LoadSample], Poo
         return None
     # 1. What comes, and what it may have risen to.
     points = [(each.at, _prompt_load(each)) for each in samples]
-    level, rise = recent(points), slope(_since(points, to.trend_s))
+    level, rise = recent(points), trend(points, to.trend_s)
     expected = ahead(level, rise, to.start_s)
     # 2. What has piled up beyond what is being worked off in time anyway.
     mean, spread = _prompt_size(samples)
@@ -94,7 +95,7 @@ def prefill_need(samples: Sequence[LoadSample], pool: Callable[[LoadSample], Poo
     def workers(tokens_per_s: float) -> int:
         work = tokens_per_s / rate
         return max(
-            math.ceil(work / (1 - scaling.headroom) - 1e-9),
+            _whole(work / (1 - scaling.headroom)),
             servers_for(work, mean / rate, spread, wait_s),
         )
 
@@ -130,24 +131,27 @@ def decode_need(samples: Sequence[LoadSample], to: Horizon) -> Need | None:
     scaling, newest = to.scaling, heard[-1]
     points, load, itl_s = _decode_points(heard)
     # 1. The load at which a worker is full, be it of KV, of requests, or for the ITL.
-    pairs = [(_load(each), each.itl_mean_s or 0.0) for each in heard]
+    pairs = [(_generating(each), max(LEAST_ITL_S, each.itl_mean_s)) for each in heard if each.itl_mean_s]
     usual, careful = line(pairs, USUAL_RISE), line(pairs, CAREFUL_RISE)
-    late_s = statistics.median(found) if (found := _itls(heard)) else 0.0
-    full = 1.0
-    if late_s and load > 0:
-        slo_s = usual.at(load) * min(BEST_ITL, scaling.itl_slo_s / late_s)
-        full = min(full, max(usual.reaches(slo_s), LEAST_LOAD, load / 2))
-    full *= 1 - scaling.headroom
+    late_s, tail = _itl_p99(heard)
+    awaited = min(map(_awaited, heard[-FEW:]))
+
+    def full_load(itl: Line) -> float:
+        by_itl = max(itl.reaches(scaling.itl_slo_s / tail), LEAST_LOAD, load / 2) if late_s else 1.0
+        return min(max(0.1, 1 - awaited), by_itl) * (1 - scaling.headroom)
+
+    full = full_load(usual)
     # 2. What comes, in requests' KV that is read in a second: that stays the same whatever the number of workers.
     #    Where workers are full it is what they can do, and tells no trend.
     free = [point for point, each in zip(points, heard, strict=True) if _load(each) < SATURATED]
-    level, rise = recent(points), slope(_since(free, to.trend_s))
-    expected = ahead(level, rise, to.start_s)
+    level, rise = recent(points), trend(free, to.trend_s)
+    expected = max(ahead(level, rise, to.start_s), level * _arrivals_rise(heard, to))
 
     def workers(reads_per_s: float, itl: Line) -> int:
         if load <= 0 or reads_per_s <= 0:
             return 0
-        return math.ceil(reads_per_s * itl_s * itl.at(full) / itl.at(load) / full - 1e-9)
+        full = full_load(itl)
+        return _whole(reads_per_s * itl_s * itl.at(full) / itl.at(load) / full)
 
     up = workers(expected, usual)
     held = max(expected, peak(points, scaling.shrink_pause_s))
@@ -158,7 +162,7 @@ def decode_need(samples: Sequence[LoadSample], to: Horizon) -> Need | None:
         up=up,
         down=max(up, workers(held * (1 + scaling.hysteresis), careful)),
         why=(
-            f"{load:.0%} of the {what} of {newest.decode.ready} workers taken{queued}{itl}"
+            f"{_load(newest):.0%} of the {what} of {newest.decode.ready} workers taken{queued}{itl}"
             f"{_trend_words(level, rise, expected)}, {up} workers stay under {full:.0%}"
         ),
         details={
@@ -170,6 +174,10 @@ def decode_need(samples: Sequence[LoadSample], to: Horizon) -> Need | None:
             "decode_expected_rise": expected / level - 1 if level else 0.0,
         },
     )
+
+
+def _whole(workers: float) -> int:
+    return math.ceil(min(float(MOST_SERVERS), workers) - 1e-9)
 
 
 def _prompt_load(sample: LoadSample) -> float:
@@ -205,25 +213,44 @@ def _load(sample: LoadSample) -> float:
     return max(sample.decode.kv_share, sample.decode.place_share)
 
 
+def _arrivals_rise(samples: Sequence[LoadSample], to: Horizon) -> float:
+    """What the requests that come may have risen to, over what they are: what they bring to generate follows later."""
+    points = [(each.at, each.requests_per_s) for each in samples]
+    level = recent(points)
+    return ahead(level, trend(points, to.trend_s), to.start_s) / level if level else 1.0
+
+
+def _awaited(sample: LoadSample) -> float:
+    """Share of the requests of decode workers whose KV is not there yet."""
+    return min(1.0, sample.decode.reserved / sample.decode.running) if sample.decode.running else 0.0
+
+
+def _generating(sample: LoadSample) -> float:
+    """The load without those."""
+    return _load(sample) * (1 - _awaited(sample))
+
+
 def _decode_points(heard: Sequence[LoadSample]) -> tuple[Points, float, float]:
     """KV that is read in a second, in workers' whole KV, by sample; and load and ITL of late."""
     itl_s = next((each.itl_mean_s for each in heard if each.itl_mean_s), 1.0)
     reads, loads, itls = [], [], []
     for each in heard:
-        itl_s = each.itl_mean_s or itl_s
-        queued = min(MAX_QUEUED, each.queued_requests / max(1, each.decode.running))
-        reads.append((each.at, each.decode.ready * _load(each) * (1 + queued) / itl_s))
-        loads.append((each.at, _load(each)))
+        itl_s = max(LEAST_ITL_S, each.itl_mean_s or itl_s)
+        queued = min(MAX_QUEUED, each.queued_requests / max(1, each.decode.running)) * (1 - _awaited(each))
+        reads.append((each.at, each.decode.ready * _generating(each) * (1 + queued) / itl_s))
+        loads.append((each.at, _generating(each)))
         itls.append((each.at, itl_s))
     return reads, recent(loads), recent(itls)
 
 
-def _itls(heard: Sequence[LoadSample]) -> list[float]:
-    return [each.itl_p99_s for each in heard[-PATIENCE:] if each.itl_p99_s]
-
-
-def _since(points: Points, span_s: float) -> Points:
-    return [point for point in points if point[0] > points[-1][0] - span_s] if points else []
+def _itl_p99(heard: Sequence[LoadSample]) -> tuple[float, float]:
+    """The ITL's p99 as of late, and over its mean; 0 and 1 if there was no token."""
+    found = [each for each in heard[-PATIENCE:] if each.itl_p99_s and each.itl_mean_s]
+    if not found:
+        return 0.0, 1.0
+    late_s = statistics.median(each.itl_p99_s or 0.0 for each in found)
+    tail = statistics.median((each.itl_p99_s or 0.0) / max(LEAST_ITL_S, each.itl_mean_s or 0.0) for each in found)
+    return late_s, max(1.0, tail)
 
 
 def _trend_words(level: float, rise_per_s: float, expected: float) -> str:
