@@ -17,6 +17,8 @@ FOUR_GPUS = "4colocated,1p3d,2p2d,3p1d,tp2p-2d,2p-tp2d"
 TWO_GPUS = "2colocated,1p1d"
 RUN_EXTRA_S = 2.0
 """Of a run: to plan its requests and to gather what became of them."""
+ROUTER_TOKENS_S = 16_000
+"""Tokens/s that one router hands on without being what is measured."""
 TOKEN_S = 0.02
 """Of an answer, where the cluster keeps up: what the last request of a run is waited for."""
 
@@ -97,14 +99,19 @@ class Load:
 
 
 def default_loads(num_gpus: int) -> list[Load]:
-    """Rates that a pair of GPUs carries, almost carries and does not carry with an 8B model, for as many GPUs."""
+    """Rates that a pair of GPUs carries with ease, well, and just so with an 8B model, for as many GPUs."""
     pair = (
         Load("short", (Part(512, 256),), (24.0, 40.0, 8.0)),
         Load("medium", (Part(2048, 256),), (12.0, 18.0, 6.0)),
         Load("long", (Part(8192, 128),), (2.5, 4.0, 1.0)),
         Load("mix", (Part(512, 256, 3), Part(8192, 128)), (10.0, 14.0, 4.0)),
     )
-    return [replace(load, rates=tuple(rate * num_gpus / 2 for rate in load.rates)) for load in pair]
+    return [
+        replace(
+            load, rates=tuple(min(rate * num_gpus / 2, ROUTER_TOKENS_S / load.longest_answer) for rate in load.rates)
+        )
+        for load in pair
+    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -195,6 +195,7 @@ def _row(length: int, times: Times) -> dict[str, Any]:
         row[f"{name}_ms"], row[f"{name}_p90_ms"] = median_and_p90(values)
     row["pieces"] = statistics.median(times.pieces)
     row["ttft_extra_ms"] = row["split_ms"] - row["alone_ms"]
+    row["each_ms"] = {name: [value * 1e3 for value in getattr(times, name)] for name in ("alone", "split")}
     row["each_extra_ms"] = [(split - alone) * 1e3 for split, alone in zip(times.split, times.alone, strict=True)]
     row["engine_extra_ms"] = row["split_inside_ms"] - row["alone_inside_ms"]
     row["gap_extra_ms"] = row["gap_ms"] - row["step_ms"]
