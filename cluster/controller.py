@@ -21,7 +21,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 from cluster import metrics, pool
-from cluster.cluster_store import ClusterStore, ClusterStoreError, Decision
+from cluster.cluster_store import ClusterStore, ClusterStoreError, Decision, Wish
 from cluster.config import ClusterConfig, from_plain
 from cluster.hands import RayHands
 from cluster.members import Member
@@ -86,13 +86,11 @@ class Controller:
         """
         wanted = from_plain(config)
         _check_room(wanted)
+        self._forget_the_dead()
         known = self._store.wish()
-        sizes = {"decode": wanted.decode.workers}
-        if wanted.mode == "split":
-            sizes["prefill"] = wanted.prefill.workers
+        sizes = _sizes(wanted, known if self._store.members() else None)
         decision = Decision(at=time.time(), by="up", what=_in_words(sizes), reason="the cluster is started")
         self._store.change(known.generation if known else 0, decision, config=config, sizes=sizes)
-        self._forget_the_dead()
         self._state = ControllerState.DEPLOYED
         with self._turn:
             self._overseer.take_up()
@@ -213,6 +211,19 @@ def _takes_gpus(config: ClusterConfig) -> bool:
     there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     pools = [config.decode] if config.mode == "colocated" else [config.prefill, config.decode]
     return there.get("GPU", 0.0) >= sum(pool.workers * pool.tensor_parallel for pool in pools)
+
+
+def _sizes(wanted: ClusterConfig, known: Wish | None) -> dict[str, int]:
+    """The YAML's; where its number is that of a wish that stands, what the autoscaler or a person made of it."""
+    sizes = {"decode": wanted.decode.workers}
+    if wanted.mode == "split":
+        sizes["prefill"] = wanted.prefill.workers
+    if known is None:
+        return sizes
+    return {
+        pool: known.sizes.get(pool, size) if known.config[pool]["workers"] == size else size
+        for pool, size in sizes.items()
+    }
 
 
 def _in_words(sizes: dict[str, int]) -> str:
