@@ -156,8 +156,9 @@ class _Planner:
                 ready = self._in(giver, Phase.READY)
                 if len(ready) <= self._want.sizes.get(giver, 0):
                     break
+                there = [member for member in ready if member.born == taker] or ready  # settings of its own pool
                 self._do(
-                    ChangeRole(self._idlest(ready).member_id, taker, f"{giver} has one too many, {taker} lacks one")
+                    ChangeRole(self._idlest(there).member_id, taker, f"{giver} has one too many, {taker} lacks one")
                 )
 
     def _lacks(self, pool: PoolName) -> bool:

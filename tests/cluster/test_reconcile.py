@@ -78,6 +78,12 @@ def test_a_worker_too_many_here_and_one_too_few_there_changes_its_role():
     assert [type(it) for it in actions(want(1, 2), *there)] == [Drain, Start]
 
 
+def test_who_was_born_in_the_other_pool_goes_back_first():
+    there = [worker("prefill-0"), worker("decode-0", pool="prefill"), worker("decode-1"), router(0)]
+    (found,) = actions(want(1, 2, can_change_role=True), *there, load={"decode-0": 9.0})
+    assert found.member_id == "decode-0"
+
+
 def test_a_budget_that_is_full_lets_one_go_before_the_other_comes():
     there = [worker("prefill-0", gpus=1.0), worker("prefill-1", gpus=1.0), worker("decode-0", gpus=1.0), router(0)]
     wanted = want(1, 2, max_gpus=3.0, gpus={"prefill": 1.0, "decode": 1.0})
