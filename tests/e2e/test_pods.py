@@ -104,7 +104,6 @@ def test_sigterm_ends_the_sidecar_alone(running: Pods) -> None:
     running.wait_ready()
 
 
-@pytest.mark.skip(reason="the controller deploys at once or not at all; enable when it waits for nodes to come")
 def test_up_waits_for_groups_that_join_late_and_in_any_order(tmp_path: Path, tiny_llama: Path) -> None:
     with new_pods(tmp_path, tiny_llama) as pods:
         pods.run_sidecar()
