@@ -11,11 +11,11 @@ PROTOS := $(wildcard protos/*.proto)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench protos clean
+.PHONY: help demo test test-slow check bench protos clean
 
 help:  ## Show this list
 	@echo "make TARGET [PYTHON=python3.12] [TORCH_INDEX=url]"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.run  ## Start a small split cluster, ask it one question, show the timing
 	@$(BIN)/pdserve demo
@@ -25,6 +25,10 @@ test: $(VENV)/.dev  ## Run all tests (CPU)
 	@$(BIN)/pdserve model fetch demo
 	@echo "[test] all tests; those with the real cluster take a few minutes"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-slow: $(VENV)/.dev  ## Run the tests that take minutes each: pods and nodes that come and go (CPU)
+	@$(BIN)/pdserve model fetch demo
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 check: $(VENV)/.dev  ## Lint, types, import floors, generated code
 	@echo "[check] ruff"

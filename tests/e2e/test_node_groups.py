@@ -16,7 +16,7 @@ from cluster.load import Length, LoadProfile, LoadResult, run_load
 from tests.e2e.test_cluster import Cluster
 from tests.fake_nodes import FakeNodes, NodeKind, fake_nodes, living_kinds, ray_driver, until
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 MODEL = Path(__file__).parents[2] / "deploy" / "examples" / "rehearsal-model"
 KINDS = {

@@ -15,7 +15,7 @@ import pytest
 from router.store import RouterRecord, WorkerRecord
 from tests.e2e.pods import GRACE_S, MEMBERS, RECOVERY_S, Load, Pods, new_pods, until
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
