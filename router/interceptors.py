@@ -1,7 +1,7 @@
 """What every call to the router passes first: the API key, and a parser that answers instead of failing.
 
-The key is an interceptor, where keys are asked for. The parser is built into the handlers: an interceptor costs each call
-a task.
+The key is an interceptor, where keys are asked for. The parser is built into the handlers: an interceptor costs each
+call a task.
 """
 
 from __future__ import annotations
