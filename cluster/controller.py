@@ -101,7 +101,12 @@ class Controller:
 
     def wait_ready(self, member_id: str, timeout_s: float) -> dict[str, Any]:
         """What a worker or router says of itself once it is ready; raises its error, or TimeoutError."""
-        return self._overseer.wait_ready(member_id, timeout_s)
+        told = self._overseer.wait_ready(member_id, timeout_s)
+        if told:
+            return told
+        (member,) = [member for member in self._overseer.members if member.member_id == member_id]
+        ((_, actor),) = _living([member])
+        return dict(ray.get(actor.ready.remote(), timeout=timeout_s))
 
     def status(self) -> dict[str, Any]:
         """State, and what each router and front says of itself; silent ones are `unreachable`."""

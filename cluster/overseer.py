@@ -90,15 +90,22 @@ class Overseer:
             return list(self._members.values())
 
     def wait_ready(self, member_id: str, timeout_s: float) -> dict[str, Any]:
-        """What a member said when it was ready; raises what it failed with, or TimeoutError."""
+        """What a member said when it was ready (nothing, if that was in an earlier life of the controller).
+
+        Raises what it failed with, or TimeoutError.
+        """
+
+        def is_decided() -> bool:
+            member = self._members.get(member_id)
+            return member_id in self._errors or (member is not None and member.phase is Phase.READY)
+
         with self._changed:
-            found = self._changed.wait_for(lambda: member_id in self._told or member_id in self._errors, timeout_s)
-            if not found:
+            if not self._changed.wait_for(is_decided, timeout_s):
                 phase = self._members[member_id].phase.value if member_id in self._members else "not there any more"
                 raise TimeoutError(f"{member_id} was not ready after {timeout_s:g} s: it is {phase}")
-            if member_id in self._told:
-                return self._told[member_id]
-            raise self._errors[member_id]
+            if member_id in self._errors:
+                raise self._errors[member_id]
+            return self._told.get(member_id, {})
 
     # ---- the loop's thread ----
 
@@ -183,7 +190,10 @@ class Overseer:
             except ClusterStoreError:
                 raise
             except Exception as error:
-                self._failed(member, error)
+                if member.phase is Phase.STOPPING:
+                    log.warning("not stopped yet: %s", explain(error), extra={"member": member.member_id})
+                else:
+                    self._failed(member, error)
         for member_id, (role, pending) in list(self._role_changes.items()):
             self._look_at_role(member_id, role, pending)
 

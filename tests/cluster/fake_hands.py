@@ -40,6 +40,7 @@ class FakeHands:
         self.log: list[tuple[str, str]] = []
         self.most_workers = 0
         self.loads: dict[str, int] = {}
+        self.unremovable = False
 
     def place(self, plan: WorkerPlan) -> str | None:
         if plan.worker_id not in self.placed and len(self.placed) < self.room:
@@ -68,6 +69,8 @@ class FakeHands:
         return step
 
     def remove(self, member: Member) -> None:
+        if self.unremovable:
+            raise ConnectionError("Ray is away")
         self.log.append(("remove", member.member_id))
         if node := self.placed.pop(member.member_id, None):
             self.free_nodes.append(node)

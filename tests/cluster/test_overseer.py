@@ -217,6 +217,19 @@ def test_a_turn_restarts_every_process_of_its_kind(scene: Scene) -> None:
     assert scene.report["settled"]
 
 
+def test_what_cannot_be_stopped_now_is_stopped_later_and_holds_nobody_back(scene: Scene) -> None:
+    scene.wish(config(1, 2))
+    scene.ticks()
+    scene.hands.unremovable = True
+    scene.wish(config(1, 1))
+    scene.ticks(10)
+    assert sorted(scene.phases().values()) == ["ready", "ready", "ready", "stopping"]
+    scene.hands.unremovable = False
+    scene.wish(config(1, 2))
+    scene.ticks(10)
+    assert scene.ready("decode") == 2
+
+
 def test_a_drain_that_does_not_end_is_ended(scene: Scene) -> None:
     scene.wish(config(1, 2, drain_s=2.0))
     scene.ticks()
@@ -259,6 +272,7 @@ def test_who_waits_for_a_member_is_woken(scene: Scene) -> None:
     scene.ticks()
     waiter.join(5.0)
     assert told == [{"address": "decode-0:1"}]
+    assert scene.new_life().wait_ready("decode-0", 0.1) == {}
     with pytest.raises(TimeoutError, match="not there any more"):
         scene.overseer.wait_ready("decode-9", 0.05)
 
