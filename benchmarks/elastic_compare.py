@@ -22,6 +22,7 @@ TARGETS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 RATIOS = (0.7, 0.85, 1.0, 1.2, 1.45)
 """Prefill workers for each decode worker, as parts of the best fixed sizes' ratio."""
 POOLS = ("prefill", "decode")
+MOST_TRIES = 20
 OnProgress = Callable[[str], object]
 
 
@@ -67,7 +68,10 @@ class Comparison:
             kept = self._kept(self._run(Fixed(), middle)[1])
             for pool in POOLS:
                 (high if kept[pool] else low)[pool] = middle[pool]
-        while not (kept := self._kept(self._run(Fixed(), high)[1]))["prefill"] or not kept["decode"]:
+        for _ in range(MOST_TRIES):
+            kept = self._kept(self._run(Fixed(), high)[1])
+            if all(kept.values()):
+                break
             high = {pool: high[pool] + (not kept[pool]) for pool in POOLS}
         for pool in POOLS:
             while high[pool] > 1 and self._run(Fixed(), smaller := {**high, pool: high[pool] - 1})[1].keeps_slos:

@@ -6,7 +6,8 @@
 Requests of one step are alike but for the lengths of their answers and the time of their prefill. The workers of a pool
 share its work evenly; so waits inside a step (shorter than `step_s`) are not seen, and of decode workers each is taken
 to be loaded up to SPREAD beside the mean. Prefix hits are the trace's own; no prompt is computed by decode workers.
-The steps of decode workers take the time of their pace, and so does the work of prefill workers.
+The steps of decode workers take the time of their pace, and so does the work of prefill workers. What begins to
+generate within a step is there from its beginning, so that decode workers are a little fuller than they would be.
 
 A worker counts as a GPU from when it is asked for until it has gone.
 """
@@ -167,11 +168,12 @@ class Cluster:
             began = self._prefilled
             self._prefill(step)
             self._join(began, self._prefilled)
+            before = self._present[0]
             itl_s = self._decode()
             paid, ready = workers.num, workers.ready
             per_worker = self._reads() / max(1, ready["decode"])
             rows[:, step] = (
-                itl_s, per_worker, self._present[0] * step_s / itl_s, 1 - self._accepted[step], paid,
+                itl_s, per_worker, (before + self._present[0]) / 2 * step_s / itl_s, 1 - self._accepted[step], paid,
                 ready["prefill"], ready["decode"],
             )  # fmt: skip
             if (step + 1) % every == 0:
@@ -351,7 +353,7 @@ def figures_of(run: Run, load: Load, plant: Plant, skip_s: float) -> Figures:
     return Figures(
         gpu_hours=float(run.workers[begin:].sum()) * load.step_s / 3600,
         ttft_share=float(in_time.sum() / num.sum()),
-        itl_share=float((smooth * tokens).sum() / tokens.sum()),
+        itl_share=float((smooth * tokens).sum() / max(1.0, tokens.sum())),
         refused=float((run.refused[begin:] * num).sum() / num.sum()),
         mean_prefill=float(run.prefill[begin:].mean()),
         mean_decode=float(run.decode[begin:].mean()),
