@@ -1,5 +1,10 @@
 """Pools that scale on their own, measured.
 
+    python -m benchmarks.elastic --plot elastic.png
+
+starts a real cluster of paced workers under a load that shifts from prompts to answers and back, and watches whether
+its pools follow (benchmarks/elastic_cluster.py). It needs a quiet machine of two cores.
+
     python -m benchmarks.elastic --simulate --trace conversation.jsonl
 
 simulates a split cluster of H200-like workers (the paces of deploy/examples/rehearsal.yaml) under a recorded load in
@@ -16,10 +21,12 @@ from pathlib import Path
 
 import click
 
+from benchmarks import elastic_cluster
 from benchmarks.elastic_compare import Comparison, Result
 from benchmarks.elastic_load import Curves, Load, make_load
 from benchmarks.elastic_report import as_plain, plot, table
 from benchmarks.elastic_sim import Plant
+from benchmarks.split_vs_colocated import machine
 from cluster.config import ClusterConfig, load_config
 from cluster.load_trace import TraceError, read_trace
 from cluster.scaling_config import PoolLimits, ScalingConfig
@@ -89,6 +96,10 @@ def _plant(config: ClusterConfig, options: dict[str, float]) -> Plant:
 
 
 @click.command()
+@click.option("--phase", "phase_s", default=100.0, show_default=True, help="Cluster: seconds of each of three phases.")
+@click.option("--budget", "max_workers", default=4, show_default=True, help="Cluster: scaling.max_workers.")
+@click.option("--start-with", default="2,2", show_default=True, help="Cluster: prefill and decode workers at first.")
+@click.option("--role-change/--no-role-change", default=True, help="Cluster: scaling.role_change.")
 @click.option("--simulate", "simulated", is_flag=True, help="Queues of fluid instead of a cluster.")
 @click.option("--trace", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Mooncake format.")
 @click.option("--scale", default=100.0, show_default=True, help="How many times the trace's rate.")
@@ -103,14 +114,49 @@ def _plant(config: ClusterConfig, options: dict[str, float]) -> Plant:
 @click.option("--seed", default=1, show_default=True)
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures there.")
 @click.option("--plot", "plot_file", type=click.Path(dir_okay=False, path_type=Path), help="Needs matplotlib.")
-def main(simulated: bool, trace: Path | None, json_file: Path | None, plot_file: Path | None, **options: float) -> None:
+def main(
+    phase_s: float,
+    max_workers: int,
+    start_with: str,
+    role_change: bool,
+    simulated: bool,
+    trace: Path | None,
+    json_file: Path | None,
+    plot_file: Path | None,
+    **options: float,
+) -> None:
     """Measure pools that scale on their own."""
-    if not simulated or trace is None:
-        raise click.UsageError("say --simulate and --trace FILE")
+    if not simulated:
+        prefill, _, decode = start_with.partition(",")
+        asked = elastic_cluster.Options(
+            phases=elastic_cluster.shifting(phase_s),
+            max_workers=max_workers,
+            start=(int(prefill), int(decode)),
+            role_change=role_change,
+            seed=int(options["seed"]),
+        )
+        sys.exit(run_cluster(asked, json_file=json_file, plot_file=plot_file))
+    if trace is None:
+        raise click.UsageError("--simulate needs --trace FILE")
     try:
         simulate(trace, options, json_file=json_file, plot_file=plot_file)
     except TraceError as error:
         raise click.ClickException(str(error)) from error
+
+
+def run_cluster(asked: elastic_cluster.Options, *, json_file: Path | None, plot_file: Path | None) -> int:
+    """Measure a real cluster; 1 if something that was promised did not hold."""
+    figures = elastic_cluster.measure(asked, lambda text: click.echo(text, err=True))
+    arguments = " ".join(["-m benchmarks.elastic", *sys.argv[1:]])
+    click.echo(f"`python {arguments}`, {time.strftime('%Y-%m-%d %H:%M')}, {machine()}\n")
+    click.echo(elastic_cluster.table(figures))
+    if json_file is not None:
+        json_file.write_text(elastic_cluster.to_json(figures))
+    if plot_file is not None:
+        elastic_cluster.plot(figures, plot_file)
+    for problem in elastic_cluster.problems(figures):
+        click.echo(f"NOT KEPT: {problem}")
+    return 1 if elastic_cluster.problems(figures) else 0
 
 
 if __name__ == "__main__":
