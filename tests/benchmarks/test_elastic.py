@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from benchmarks import elastic_cluster
 from benchmarks.elastic import main
 from benchmarks.elastic_load import Curves, Load, make_load, service_s, uncached_lengths
 from benchmarks.elastic_policies import ByUtilisation, Fixed, Ours
 from benchmarks.elastic_sim import Cluster, Plant, Run, Workers, figures_of
+from cluster.load import RequestRecord
 from cluster.load_trace import TraceLine
 from cluster.scaling_config import PoolLimits, ScalingConfig
 from engine.pace import PaceOptions, StepWork
@@ -148,4 +150,24 @@ def test_the_command(tmp_path: Path) -> None:
     names = [one["name"] for one in json.loads(found.read_text())["results"]["as recorded"]]
     assert names[0] == "autoscaler"
     assert len(names) == 4
-    assert "--simulate" in CliRunner().invoke(main, []).output
+    assert "--trace" in CliRunner().invoke(main, ["--simulate"]).output
+
+
+def test_what_a_cluster_did_is_accounted_for(tmp_path: Path) -> None:
+    options = elastic_cluster.Options(phases=elastic_cluster.shifting(40.0), max_workers=4)
+    figures = elastic_cluster.Figures(options)
+    records = [RequestRecord(due, arrivals=[(due + 0.5, 1), (due + 0.55, 1)]) for due in (1.0, 41.0, 81.0)]
+    late = RequestRecord(42.0, arrivals=[(45.0, 1), (45.5, 1)])
+    elastic_cluster._account(figures, [records[0], records[1], late, records[2]], [2, 2, 2, 3])
+    figures.looks = [elastic_cluster.Look(1.0, 2, 2, 4, 4), elastic_cluster.Look(60.0, 1, 3, 5, 4)]
+    first, second, _ = elastic_cluster.by_phase(figures)
+    assert (first.recovered_s, first.sizes) == (0.0, "2P 2D")
+    assert second.worst_ttft_s == pytest.approx(3.0, rel=0.02)
+    assert second.recovered_s == 10.0, "the window of the late answer is over"
+    assert elastic_cluster.problems(figures) == [
+        "no failures, 1 answers of another length than asked",
+        "5 members at once, over the budget of 4",
+    ]
+    assert "4 requests, 0 failed" in elastic_cluster.table(figures)
+    elastic_cluster.plot(figures, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 10_000
