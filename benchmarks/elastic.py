@@ -109,7 +109,7 @@ def _plant(config: ClusterConfig, options: dict[str, float]) -> Plant:
 @click.option("--ttft-slo", "ttft_slo_s", default=2.0, show_default=True, help="Seconds.")
 @click.option("--itl-slo", "itl_slo_s", default=0.03, show_default=True, help="Seconds.")
 @click.option("--start", "start_s", default=60.0, show_default=True, help="Seconds until a new worker is ready.")
-@click.option("--headroom", default=0.05, show_default=True, help="scaling.headroom")
+@click.option("--headroom", default=0.04, show_default=True, help="scaling.headroom")
 @click.option("--hysteresis", default=0.05, show_default=True, help="scaling.hysteresis")
 @click.option("--seed", default=1, show_default=True)
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures there.")

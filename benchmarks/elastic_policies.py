@@ -69,9 +69,11 @@ class ByUtilisation:
     TOLERANCE = 0.1
     STABLE_S = 300.0
 
-    def __init__(self, prefill: float, decode: float, most: int = 1000) -> None:
+    def __init__(self, prefill: float, decode: float, down: float = 1.0, most: int = 1000) -> None:
+        """`down`: share of its workers that a pool may lose within a minute; Kubernetes' default is all of them."""
         self._targets = {"prefill": prefill, "decode": decode}
-        self._most = most
+        self._down, self._most = down, most
+        self._lost: dict[str, deque[tuple[float, int]]] = {"prefill": deque(), "decode": deque()}
         self._asked: dict[str, deque[tuple[float, int]]] = {"prefill": deque(), "decode": deque()}
 
     def sizes(self, sample: LoadSample, wanted: dict[str, int], busy: float) -> dict[str, int]:
@@ -88,8 +90,20 @@ class ByUtilisation:
             while asked[0][0] < sample.at - self.STABLE_S:
                 asked.popleft()
             most = max(each for _, each in asked)
-            found[pool] = min(self._most, max(1, num if num > wanted[pool] else min(wanted[pool], most)))
+            found[pool] = (
+                min(self._most, num) if num > wanted[pool] else self._fewer(pool, sample.at, wanted[pool], most)
+            )
         return found
+
+    def _fewer(self, pool: str, now: float, wanted: int, most: int) -> int:
+        lost = self._lost[pool]
+        while lost and lost[0][0] < now - 60.0:
+            lost.popleft()
+        before = wanted + sum(each for _, each in lost)
+        num = max(1, min(wanted, max(most, before - max(1, int(self._down * before)))))
+        if num < wanted:
+            lost.append((now, wanted - num))
+        return num
 
 
 __all__ = ["ByUtilisation", "Fixed", "Ours"]

@@ -128,7 +128,7 @@ def decode_need(samples: Sequence[LoadSample], to: Horizon) -> Need | None:
     heard = [each for each in samples if each.decode.ready]
     if not heard:
         return None
-    scaling, newest = to.scaling, heard[-1]
+    scaling = to.scaling
     points, load, itl_s = _decode_points(heard)
     # 1. The load at which a worker is full, be it of KV, of requests, or for the ITL.
     pairs = [(_generating(each), max(LEAST_ITL_S, each.itl_mean_s)) for each in heard if each.itl_mean_s]
@@ -155,25 +155,28 @@ def decode_need(samples: Sequence[LoadSample], to: Horizon) -> Need | None:
 
     up = workers(expected, usual)
     held = max(expected, peak(points, scaling.shrink_pause_s))
-    queued = f", {newest.queued_requests} requests wait for room" if newest.queued_requests else ""
-    itl = f", ITL p99 {late_s * 1e3:.1f} of {scaling.itl_slo_s * 1e3:g} ms" if late_s else ""
-    what = "KV" if newest.decode.kv_share >= newest.decode.place_share else "places"
     return Need(
         up=up,
         down=max(up, workers(held * (1 + scaling.hysteresis), careful)),
         why=(
-            f"{_load(newest):.0%} of the {what} of {newest.decode.ready} workers taken{queued}{itl}"
-            f"{_trend_words(level, rise, expected)}, {up} workers stay under {full:.0%}"
+            f"{_decode_words(heard[-1], late_s, scaling.itl_slo_s)}{_trend_words(level, rise, expected)}, "
+            f"{up} workers stay under {full:.0%}"
         ),
         details={
             "decode_load": load,
             "decode_full_load": full,
-            "decode_running": float(newest.decode.running),
+            "decode_running": float(heard[-1].decode.running),
             "itl_p99_s": late_s,
-            "itl_rise": usual.rise / usual.fixed,
             "decode_expected_rise": expected / level - 1 if level else 0.0,
         },
     )
+
+
+def _decode_words(newest: LoadSample, late_s: float, slo_s: float) -> str:
+    queued = f", {newest.queued_requests} requests wait for room" if newest.queued_requests else ""
+    itl = f", ITL p99 {late_s * 1e3:.1f} of {slo_s * 1e3:g} ms" if late_s else ""
+    what = "KV" if newest.decode.kv_share >= newest.decode.place_share else "places"
+    return f"{_load(newest):.0%} of the {what} of {newest.decode.ready} workers taken{queued}{itl}"
 
 
 def _whole(workers: float) -> int:
@@ -188,7 +191,7 @@ def _prompt_load(sample: LoadSample) -> float:
 
 def _prompt_size(samples: Sequence[LoadSample]) -> tuple[float, float]:
     """Tokens of a prompt that have to be computed: mean, and variance over its square, of those that came of late."""
-    known = [each for each in samples[-12:] if each.tokens_per_prompt > 0 and each.requests_per_s > 0]
+    known = [each for each in samples[-12:] if min(each.tokens_per_prompt, each.requests_per_s) > 1e-6]
     weight = sum(each.requests_per_s for each in known)
     if not weight:
         return 0.0, 0.0

@@ -108,7 +108,7 @@ class Limits:
         """Most decode workers beside so many prefill workers, within the budgets."""
         most = min(most, self.max_workers - prefill)
         left = self.max_gpus - prefill * self.gpus.get("prefill", 0.0)
-        if self.gpus["decode"] > 0 and math.isfinite(left):
+        if self.gpus["decode"] > EPSILON and math.isfinite(left):
             most = min(most, math.floor(left / self.gpus["decode"] + EPSILON))
         return int(most) if left > -EPSILON else -1
 

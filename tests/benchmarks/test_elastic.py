@@ -143,7 +143,7 @@ def test_the_command(tmp_path: Path) -> None:
         for line in trace_lines():
             plain = {"timestamp": line.at_ms, "input_length": line.input_length, "output_length": line.output_length}
             file.write(json.dumps({**plain, "hash_ids": line.hash_ids}) + "\n")
-    options = ["--scale", "3", "--hours", "0.05", "--flat-hours", "0.05", "--step", "10", "--json", str(found)]
+    options = ["--scale", "3", "--hours", "0.1", "--flat-hours", "0.1", "--step", "60", "--json", str(found)]
     result = CliRunner().invoke(main, ["--simulate", "--trace", str(trace), *options])
     assert result.exit_code == 0, result.output
     assert "| modulated | setting | GPU-hours |" in result.output

