@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.footprint import name
 from benchmarks.pressure_cluster import MODEL
 from benchmarks.serve_cluster import Cluster, Say, running
-from cluster.client import Client
+from cluster.client import Client, Endpoint
 from cluster.cluster_store import ClusterStore, ClusterStoreError, Decision
 from cluster.load import Length, LoadProfile, Planned, RequestRecord, make_plan, run_plan, served_model
 from cluster.members import Phase
@@ -141,7 +141,7 @@ def measure(options: Options, say: Say, *, start_timeout_s: float = 120.0) -> Fi
 async def _measure(options: Options, cluster: Cluster, say: Say) -> Figures:
     figures = Figures(options)
     store = ClusterStore(store_url(cluster))
-    async with Client(cluster.address) as client:
+    async with Client(Endpoint(address=cluster.address)) as client:
         model = await served_model(client)
         plan = planned(options, model.vocab_size)
         begin_at, begin = asyncio.get_running_loop().time() + 1.0, time.time() + 1.0

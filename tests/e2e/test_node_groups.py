@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster import pool
-from cluster.client import Client
+from cluster.client import Client, Endpoint
 from cluster.load import Length, LoadProfile, LoadResult, run_load
 from tests.e2e.test_cluster import Cluster
 from tests.fake_nodes import FakeNodes, NodeKind, fake_nodes, living_kinds, ray_driver, until
@@ -71,7 +71,7 @@ def loaded(cluster: Cluster, profile: LoadProfile) -> Iterator[list[LoadResult]]
     results: list[LoadResult] = []
 
     async def run() -> LoadResult:
-        async with Client(cluster.address) as client:
+        async with Client(Endpoint(address=cluster.address)) as client:
             return await run_load(client, profile)
 
     thread = threading.Thread(target=lambda: results.append(asyncio.run(run())), name="load")
