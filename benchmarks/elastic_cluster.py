@@ -28,6 +28,8 @@ FIXED_MS, PROMPT_TOKEN_US, TOKEN_US = 10.0, 250.0, 1500.0
 """A slow GPU: 4,000 prompt tokens a second, steps of 10 ms and 1.5 ms more for each stream. Two cores keep up with
 it."""
 MAX_RUNNING = 48
+DECODE_STEP_TOKENS = 256
+"""Of a prompt that a decode worker computes itself: a stream that joins waits for no more than that."""
 LOOK_EVERY_S = 0.25
 WINDOW_S = 5.0
 CALM_S = 30.0
@@ -115,7 +117,7 @@ def cluster_yaml(options: Options) -> dict[str, Any]:
         "model": {"path": str(MODEL), "load_format": "dummy"},
         "cache": {"block_size": 16, "num_blocks": 4096},
         "prefill": {**pool, "workers": options.start[0]},
-        "decode": {**pool, "workers": options.start[1]},
+        "decode": {**pool, "workers": options.start[1], "max_step_tokens": DECODE_STEP_TOKENS},
         "router": {"port": 0},
         "scaling": {
             "mode": "on",

@@ -68,6 +68,8 @@ class Overseer:
         self._pending: dict[str, Pending] = {}
         """What was begun for a member in its phase."""
         self._role_changes: dict[str, tuple[str, Pending]] = {}
+        self._role_ended: dict[str, float] = {}
+        """When the last change of a worker's role came to its end; what was asked before is of no account."""
         self._nodes = NodeBudget(hands)
         self._entered: dict[str, float] = {}
         """When each member came into its phase, on our clock."""
@@ -256,10 +258,10 @@ class Overseer:
             told = pending.poll()
         except Exception as error:  # it is asked again when it next says that it has the old one
             log.warning("the role of %s was not changed: %s", member_id, explain(error))
-            del self._role_changes[member_id]
+            self._end_role_change(member_id)
             return
         if told is not None:
-            del self._role_changes[member_id]
+            self._end_role_change(member_id)
             member = self._members.get(member_id)
             self._note(f"{member_id} is {role} now", member.why if member else "")
 
@@ -284,7 +286,8 @@ class Overseer:
         if not self._roll_call.hear(ready, every_s, now):
             return
         for member, status in self._roll_call.fronts(ready):
-            if status.get("role") not in (None, self._role(member)) and member.member_id not in self._role_changes:
+            is_settled = self._role_ended.get(member.member_id, float("-inf")) < self._roll_call.asked_at
+            if is_settled and status.get("role") not in (None, self._role(member)):
                 self._begin_role_change(member)
         if config.scaling.mode != "off":
             fronts = {member.member_id: status for member, status in self._roll_call.fronts(ready)}
@@ -295,10 +298,16 @@ class Overseer:
 
     def _begin_role_change(self, member: Member) -> None:
         role = self._role(member)
+        self._role_ended[member.member_id] = float("inf")  # it goes on
         try:
             self._role_changes[member.member_id] = (role, self._hands.set_role(member, role))
         except Exception as error:
             log.warning("the role of %s was not changed: %s", member.member_id, explain(error))
+            self._end_role_change(member.member_id)
+
+    def _end_role_change(self, member_id: str) -> None:
+        self._role_changes.pop(member_id, None)
+        self._role_ended[member_id] = self._clock()
 
     # What is next.
 
@@ -381,8 +390,8 @@ class Overseer:
             self._changed.notify_all()
 
     def _forget(self, member_id: str) -> None:
-        self._pending.pop(member_id, None)
-        self._role_changes.pop(member_id, None)
+        for book in (self._pending, self._role_changes, self._role_ended):
+            book.pop(member_id, None)
 
     def _note(self, what: str, reason: str, **figures: float) -> None:
         details = {name: round(value, 3) for name, value in figures.items()}

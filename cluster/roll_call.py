@@ -18,14 +18,15 @@ class RollCall:
     def __init__(self, hands: Hands) -> None:
         self._hands = hands
         self._asking: Pending | None = None
-        self._asked_at = float("-inf")
+        self.asked_at = float("-inf")
+        """When the last round began."""
         self._asked: list[str] = []
         self._answers: dict[str, Any] = {}
 
     def hear(self, members: Sequence[Member], every_s: float, now: float) -> bool:
         """Begin a round if it is time for one; whether one has just ended."""
-        if self._asking is None and now >= self._asked_at + every_s:
-            self._asked_at, self._asked = now, [member.member_id for member in members]
+        if self._asking is None and now >= self.asked_at + every_s:
+            self.asked_at, self._asked = now, [member.member_id for member in members]
             self._asking = self._hands.ask(list(members), ASK_TIMEOUT_S)
         if self._asking is None or (answers := self._asking.poll()) is None:
             return False
