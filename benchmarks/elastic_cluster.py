@@ -20,6 +20,7 @@ from benchmarks.pressure_cluster import MODEL
 from benchmarks.serve_cluster import Cluster, Say, running
 from cluster.client import Client, Endpoint
 from cluster.cluster_store import ClusterStore, ClusterStoreError, Decision
+from cluster.connect import open_store
 from cluster.load import Length, LoadProfile, Planned, RequestRecord, make_plan, run_plan, served_model
 from cluster.members import Phase
 from cluster.run_dir import ProcessRef, session_members
@@ -142,7 +143,7 @@ def measure(options: Options, say: Say, *, start_timeout_s: float = 120.0) -> Fi
 
 async def _measure(options: Options, cluster: Cluster, say: Say) -> Figures:
     figures = Figures(options)
-    store = ClusterStore(store_url(cluster))
+    store = open_store(cluster.run_dir)
     async with Client(Endpoint(address=cluster.address)) as client:
         model = await served_model(client)
         plan = planned(options, model.vocab_size)
@@ -157,13 +158,6 @@ async def _measure(options: Options, cluster: Cluster, say: Say) -> Figures:
     figures.decisions = [(entry.at - begin, entry) for entry in reversed(store.history()) if entry.at >= begin]
     store.close()
     return figures
-
-
-def store_url(cluster: Cluster) -> str:
-    """The cluster's Redis."""
-    state = cluster.run_dir.read_state()
-    assert state is not None, "it runs"
-    return f"redis://:{cluster.run_dir.secret('valkey')}@{state.redis_url.removeprefix('redis://')}"
 
 
 def planned(options: Options, vocab_size: int) -> list[Planned]:
