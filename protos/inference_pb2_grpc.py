@@ -66,9 +66,8 @@ class InferenceServicer:
 
     def Generate(self, request, context):
         """Streams one Accepted, then Tokens, then exactly one Finished; or fails with one status.
-        With the id and the body of a resumable request that is known it attaches to that one and replays it; with those of
-        another request that runs at this router it takes that over, from its start, and the call before fails with ABORTED.
-        With the id of a known request and another body it fails with ALREADY_EXISTS.
+        With the id and the body of a resumable request that is known it attaches to that one and replays it; with the
+        id of a known request and another body it fails with ALREADY_EXISTS.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -143,8 +143,8 @@ class RouterApp:
         self._desk.draining = True
         self._runs.leave()
         stopping = UnavailableError("this router stops; ask another one", retry_after_s=self._config.retry_after_s)
-        for session in list(self._desk.running.values()):
-            session.scope.interrupt(stopping)
+        for scope in list(self._desk.running.values()):
+            scope.interrupt(stopping)
         await self.drain(STATUS_GRACE_S)
         await self._background.cancel()
         await self._server.stop(STATUS_GRACE_S)

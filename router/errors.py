@@ -4,7 +4,7 @@ RouterError                   carries a gRPC status, perhaps a field, perhaps a 
 ├── InvalidArgumentError      INVALID_ARGUMENT    the request can never be served; names the field
 ├── ModelNotFoundError        NOT_FOUND           no such model
 ├── RequestNotFoundError      NOT_FOUND           no such resumable request
-├── DuplicateRequestError     ALREADY_EXISTS      another request of this id is running
+├── DuplicateRequestError     ALREADY_EXISTS      a request of this id is running
 ├── UnauthenticatedError      UNAUTHENTICATED     no API key, or an unknown one
 ├── OverloadedError           RESOURCE_EXHAUSTED  too many requests wait; RetryInfo
 ├── SlowClientError           RESOURCE_EXHAUSTED  the client reads too slowly
@@ -89,7 +89,7 @@ class ModelNotFoundError(RouterError):
 
 
 class DuplicateRequestError(RouterError):
-    """Another request of this id is running."""
+    """A request of this id is running."""
 
     code = grpc.StatusCode.ALREADY_EXISTS
 

@@ -64,16 +64,6 @@ class Job:
         """Tokens a worker must be able to hold to generate at least one more."""
         return len(self.prompt_token_ids) + len(self.emitted) + 1
 
-    def go_on_from(self, earlier: Job) -> None:
-        """Take what an earlier call of the same request has heard for this one's."""
-        self.emitted = list(earlier.emitted)
-        self.num_cached, self.num_preemptions = earlier.num_cached, earlier.num_preemptions
-        self.prefill_worker, self.decode_worker, self.route = (
-            earlier.prefill_worker,
-            earlier.decode_worker,
-            earlier.route,
-        )
-
     def seconds_left(self) -> float:
         """Until the deadline; never quite 0, which would mean none."""
         return max(0.001, self.deadline - asyncio.get_running_loop().time())

@@ -75,11 +75,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         context: grpc.aio.ServicerContext[inference_pb2.CancelRequest, inference_pb2.CancelResponse],
     ) -> inference_pb2.CancelResponse:
         """End a running request."""
-        session = self._desk.running.get(request.request_id)
-        found = session is not None and session.scope.interrupt(
-            RequestCancelledError("the request was cancelled"), CANCEL_PATIENCE_S
-        )
-        return inference_pb2.CancelResponse(found=found)
+        scope = self._desk.running.get(request.request_id)
+        cancelled = RequestCancelledError("the request was cancelled")
+        return inference_pb2.CancelResponse(found=scope is not None and scope.interrupt(cancelled, CANCEL_PATIENCE_S))
 
     async def ListModels(
         self,

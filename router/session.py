@@ -3,9 +3,6 @@
 States: VALIDATING (may be refused) -> ACCEPTED (the client was told) -> ENDED, by a Finished or by a status.
 Cancel, the deadline and a lagging client interrupt it through its scope; whatever happens, the workers are
 told by the dispatcher, and the outcome is counted once.
-
-The same request again, by an id that its client chose, while it runs: the new call takes it over. The one before is
-cut off, and the new one hears the answer from its start and goes on with it.
 """
 
 from __future__ import annotations
@@ -13,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import grpc
 
 from engine import wire
-from protos import inference_pb2, worker_pb2
+from protos import inference_pb2
 from router import validation
 from router.admission import Line
 from router.config import RouterConfig
@@ -28,7 +25,6 @@ from router.errors import (
     DeadlineExceededError,
     DuplicateRequestError,
     RequestCancelledError,
-    RequestMovedError,
     RouterError,
     SlowClientError,
     UnavailableError,
@@ -52,8 +48,6 @@ WRITE_PATIENCE_S = 0.05
 """How long a deadline lets a message through that is just being written."""
 CANCEL_PATIENCE_S = 1.0
 """The same for Cancel, whose Finished message should follow it."""
-MOVE_PATIENCE_S = 5.0
-"""How long a call waits for the end of the one that it takes a request over from."""
 
 
 class Client(Protocol):
@@ -76,12 +70,6 @@ class Origin:
     first_attempt: int = 0
     """Number of the first attempt."""
     adoption: Adoption | None = None
-    seed: int | None = None
-    """What was drawn for a request that names none."""
-    job: Job | None = None
-    """As far as another call of it came."""
-    finish: worker_pb2.EngineFinish = worker_pb2.ENGINE_FINISH_NONE
-    """How its answer ended there, if all of it has come."""
 
 
 @dataclass(slots=True, eq=False)
@@ -94,7 +82,7 @@ class Desk:
     line: Line
     dispatcher: Dispatcher
     stats: RouterStats
-    running: dict[str, Session]
+    running: dict[str, Scope]
     """By request_id."""
     ended: Signal
     """A session ended."""
@@ -147,9 +135,6 @@ class Session:
         self._timeline = Timeline()
         self._output: OutputStream | None = None
         self._job: Job | None = None
-        self._ended_with: worker_pb2.EngineFinish = worker_pb2.ENGINE_FINISH_NONE
-        self._num_heard_before = 0
-        """Tokens that another call of this request had before."""
         self._tenant = DEFAULT_TENANT
 
     async def serve_to_the_end(self) -> RouterError | None:
@@ -180,15 +165,15 @@ class Session:
         desk, request = self._desk, self._request
         self._tenant = desk.tenants.of(self._context.invocation_metadata())
         limit_s = validation.deadline_s(request, desk.config, self._context.time_remaining())
-        request_id = validation.request_id(request.request_id)
-        if request_id in desk.running:
-            desk.check_stays()
-            while (earlier := desk.running.get(request_id)) is not None:
-                await self._take_over(earlier)
-        elif self._origin.adoption is None:
+        if self._origin.adoption is None:
             desk.check_open(request, self._tenant, limit_s)
+        request_id = validation.request_id(self._request.request_id)
+        if request_id in self._desk.running:
+            raise DuplicateRequestError(
+                f"a request with the id {request_id!r} is running; one that is marked resumable could be gone on with"
+            )
         self.request_id = request_id
-        self._desk.running[request_id] = self
+        self._desk.running[request_id] = self.scope
         try:
             async with self.scope:
                 ending = await self._run(request_id, limit_s)
@@ -202,37 +187,6 @@ class Session:
             self._desk.ended.notify()
         return inference_pb2.FinishReason.Name(ending.reason).removeprefix("FINISH_REASON_").lower()
 
-    async def _take_over(self, earlier: Session) -> None:
-        """Cut another call of this request off, and begin where it was; DuplicateRequestError if it is not the same."""
-        desk, request_id = self._desk, earlier.request_id
-        caller, its_caller = (
-            desk.tenants.caller(call.invocation_metadata()) for call in (self._context, earlier._context)
-        )
-        if earlier._request.resumable or earlier._request != self._request or its_caller != caller:
-            raise DuplicateRequestError(
-                f"another request with the id {request_id!r} is running: choose another id, or send the same body to "
-                "go on with it"
-            )
-        earlier.scope.interrupt(RequestMovedError("another call goes on with this request"))
-        try:
-            async with asyncio.timeout(MOVE_PATIENCE_S):
-                while desk.running.get(request_id) is earlier:
-                    await desk.ended.wait(desk.ended.version, timeout_s=MOVE_PATIENCE_S)
-        except TimeoutError:
-            raise UnavailableError(
-                f"the call that had this request before did not end within {MOVE_PATIENCE_S:g} s",
-                retry_after_s=desk.config.retry_after_s,
-            ) from None
-        self._origin = earlier._left_off()
-
-    def _left_off(self) -> Origin:
-        """Where another call of this request begins; log-probabilities are not kept, so with them at the start."""
-        job = self._job
-        if job is None:
-            return self._origin
-        keeps = not self._request.sampling.HasField("logprobs")
-        return Origin(job.attempts.number + 1, None, job.params.seed, job if keeps else None, self._ended_with)
-
     async def _run(self, request_id: str, limit_s: float) -> Ending:
         # 1. Everything that can be refused without work, then the prompt, then what depends on its length.
         desk, request = self._desk, self._request
@@ -242,8 +196,6 @@ class Session:
         kind = validation.prompt_kind(request)
         stops = validation.stop_strings(request.sampling, desk.model)
         params = validation.sampling_params(request.sampling, desk.config, desk.model)
-        if self._origin.seed is not None:
-            params = replace(params, seed=self._origin.seed)
         ids = await validation.prompt_ids(request, desk.model)
         params = validation.fitted(params, len(ids), desk.model, desk.fleet.pool_tokens(split=desk.split), kind)
         # 2. Accept.
@@ -271,23 +223,11 @@ class Session:
         self._job = job
         desk.stats.accepted += 1
         desk.stats.accepted_prompt_tokens += len(ids)
-        # 3. Serve, after what another call has heard before.
-        ending = await self._repeat(job)
-        if ending is None:
-            ending = await desk.dispatcher.run(job, self._emit, self.scope)
+        # 3. Serve.
+        ending = await desk.dispatcher.run(job, self._emit, self.scope)
         self.scope.seal()
         await self._finish(job, ending, job.seconds_left())
         return ending
-
-    async def _repeat(self, job: Job) -> Ending | None:
-        """Tell what another call of this request has heard; how the stream ends, if that was all of it."""
-        earlier, finish = self._origin.job, self._origin.finish
-        if earlier is None:
-            return None
-        self._origin = Origin()
-        job.go_on_from(earlier)
-        self._num_heard_before = len(job.emitted)
-        return await self._emit(Chunk(0, list(job.emitted), [], finish)) if job.emitted else None
 
     def _too_late(self, limit_s: float) -> DeadlineExceededError:
         awaited = "the prompt's tokens" if self._job is None else self._job.awaited
@@ -301,8 +241,6 @@ class Session:
         if chunk.offset:
             stats.itl_s.observe(since_s)
         message, ending = self._output.push(chunk)
-        if chunk.finish:
-            self._ended_with = chunk.finish
         with self.scope.writing():
             await self._context.write(inference_pb2.GenerateEvent(tokens=message))
         if not chunk.offset:
@@ -348,7 +286,7 @@ class Session:
             return
         stats.prompt_tokens += len(job.prompt_token_ids)
         stats.cached_prompt_tokens += job.num_cached
-        stats.generated_tokens += max(0, output.num_tokens - self._num_heard_before)
+        stats.generated_tokens += output.num_tokens
         stats.failed_attempts += job.attempts.num_failed
         stats.queue_s.observe(timeline.between(Moment.ARRIVED, Moment.RESERVED))
         stats.total_s.observe(timeline.between(Moment.ARRIVED, Moment.ENDED))

@@ -18,7 +18,7 @@ from engine.config import ModelOptions
 from tests.cluster import standins
 from tests.fake_nodes import Driver, FakeNodes, NodeKind, fake_nodes, living_kinds, ray_driver, until
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 KINDS = {
     "prefill-node": NodeKind(resources={"accelerator_type:H200": 1}),

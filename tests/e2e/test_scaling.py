@@ -14,7 +14,7 @@ from tests.e2e.steady_load import Known, SteadyLoad
 from tests.e2e.test_cluster import Cluster, all_free, take_down
 from tests.e2e.test_mini_cluster import prompt_of, request_of
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 YAML = """
 mode: split
