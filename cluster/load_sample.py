@@ -183,7 +183,7 @@ def pool_load(stats: Iterable[Mapping[str, Any]]) -> PoolLoad:
         running=sum(open_of),
         reserved=sum(each["num_reserved"] for each in workers),
         kv_share=_share(sum(map(_taken, workers)), blocks),
-        place_share=_share(sum(open_of), sum(open_of) + places) if places else 0.0,
+        place_share=_share(sum(open_of), sum(open_of) + places) if any(map(_has_looked, workers)) else 0.0,
         waiting_tokens=sum(each["waiting_tokens"] for each in workers),
         tokens_per_s=sum(rates) / len(rates) if rates else 0.0,
     )
@@ -192,8 +192,12 @@ def pool_load(stats: Iterable[Mapping[str, Any]]) -> PoolLoad:
 def _taken(stats: Mapping[str, Any]) -> float:
     """Blocks of a worker that are held or promised; it promises none before it has looked at what it could."""
     held = stats["num_blocks"] - stats["free_blocks"]
-    promises = stats["expected_answer_tokens"] > 0
-    return float(max(held, stats["num_blocks"] - stats["unpromised_blocks"] if promises else 0, 0))
+    return float(max(held, stats["num_blocks"] - stats["unpromised_blocks"] if _has_looked(stats) else 0, 0))
+
+
+def _has_looked(stats: Mapping[str, Any]) -> bool:
+    """Whether a worker's free places and unpromised blocks mean anything yet; later none may mean that it is full."""
+    return bool(stats["expected_answer_tokens"] > 0)
 
 
 def _share(part: float, whole: float) -> float:

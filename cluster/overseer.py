@@ -132,10 +132,14 @@ class Overseer:
         except ClusterStoreError as error:
             log.warning("nothing new is begun while Redis is away: %s", error)
             return IDLE_S
-        return BUSY_S if self._pending or self._role_changes or self._is_moving() else IDLE_S
+        moving = any(member.phase is not Phase.READY for member in self._members.values())
+        if moving or self._pending or self._role_changes or self._roll_call.is_asking:
+            return BUSY_S
+        return min(IDLE_S, self._ask_every_s())
 
-    def _is_moving(self) -> bool:
-        return any(member.phase is not Phase.READY for member in self._members.values())
+    def _ask_every_s(self) -> float:
+        scaling = self._given[1].scaling
+        return ASK_EVERY_S if scaling.mode == "off" else min(ASK_EVERY_S, scaling.interval_s)
 
     def _read_wish(self) -> None:
         wish = self._store.wish()
@@ -281,9 +285,8 @@ class Overseer:
     def _hear(self) -> None:
         """What members say of themselves: correct the role of who has another one than it should."""
         config, now = self._given[1], self._clock()
-        every_s = ASK_EVERY_S if config.scaling.mode == "off" else min(ASK_EVERY_S, config.scaling.interval_s)
         ready = [member for member in self._members.values() if member.phase is Phase.READY]
-        if not self._roll_call.hear(ready, every_s, now):
+        if not self._roll_call.hear(ready, self._ask_every_s(), now):
             return
         for member, status in self._roll_call.fronts(ready):
             is_settled = self._role_ended.get(member.member_id, float("-inf")) < self._roll_call.asked_at

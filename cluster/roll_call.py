@@ -23,6 +23,11 @@ class RollCall:
         self._asked: list[str] = []
         self._answers: dict[str, Any] = {}
 
+    @property
+    def is_asking(self) -> bool:
+        """Whether answers are awaited."""
+        return self._asking is not None
+
     def hear(self, members: Sequence[Member], every_s: float, now: float) -> bool:
         """Begin a round if it is time for one; whether one has just ended."""
         if self._asking is None and now >= self.asked_at + every_s:

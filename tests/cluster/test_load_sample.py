@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cluster.load_sample import LoadMeter
+from cluster.load_sample import LoadMeter, pool_load
 from protos import worker_pb2 as pb
 from router.stats import RouterStats
 
@@ -110,3 +110,17 @@ def test_plain_numbers_for_people() -> None:
     assert plain["prefill_ready"] == 1
     assert "ttft_p99_s" not in plain
     assert all(isinstance(value, int | float) for value in plain.values())
+
+
+def test_a_pool_without_a_free_place_is_full_not_empty() -> None:
+    full = dict.fromkeys((field.name for field in pb.WorkerStats.DESCRIPTOR.fields), 0)
+    full |= {
+        "num_blocks": 100,
+        "free_blocks": 90,
+        "unpromised_blocks": 80,
+        "num_running": 4,
+        "expected_answer_tokens": 50,
+    }
+    assert pool_load([full]).place_share == 1.0
+    assert pool_load([full | {"expected_answer_tokens": 0}]).place_share == 0.0, "it has not looked yet"
+    assert pool_load([full, full | {"free_places": 8}]).place_share == 0.5
