@@ -312,8 +312,6 @@ class Overseer:
         self._role_changes.pop(member_id, None)
         self._role_ended[member_id] = self._clock()
 
-    # What is next.
-
     def _act(self) -> None:
         want = self._want()
         found = reconcile.plan(
