@@ -27,7 +27,7 @@ from cluster.hands import RayHands
 from cluster.members import Member
 from cluster.nap import napping
 from cluster.overseer import Overseer
-from cluster.placement import shortage, total, wanted_workers
+from cluster.placement import auto_on_gpu, shortage, total, wanted_workers
 from cluster.process import at_node, begin
 
 CONTROLLER = "controller"
@@ -67,7 +67,8 @@ class Controller:
         self._state = ControllerState.NEW
         self._store = ClusterStore(here.redis_url, timeout_s=config.router.store_timeout_s)
         self._hands = RayHands(_load_classes(deployment.actors), around.run_dir, around.redis_url)
-        self._overseer = Overseer(self._store, self._hands, on_gpu=_takes_gpus(config))
+        there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        self._overseer = Overseer(self._store, self._hands, on_gpu=auto_on_gpu(config, there.get("GPU", 0.0)))
         self._over = threading.Event()
         self._turn = threading.Lock()
         """Held for each tick."""
@@ -209,13 +210,6 @@ def _check_room(config: ClusterConfig) -> None:
     plans = wanted_workers(config, gpus=there.get("GPU", 0.0))
     if missing := shortage(total(plans, config.router.replicas), there):
         raise pool.PlacementError(f"the Ray cluster is too small: {'; '.join(missing)}")
-
-
-def _takes_gpus(config: ClusterConfig) -> bool:
-    """Whether `device: auto` means a GPU: there is one for every rank."""
-    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    pools = [config.decode] if config.mode == "colocated" else [config.prefill, config.decode]
-    return there.get("GPU", 0.0) >= sum(pool.workers * pool.tensor_parallel for pool in pools)
 
 
 def _sizes(wanted: ClusterConfig, known: Wish | None) -> dict[str, int]:

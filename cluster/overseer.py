@@ -17,7 +17,7 @@ from typing import Any
 from cluster import reconcile
 from cluster.cluster_store import ClusterStore, ClusterStoreError, Decision, Wish, WishChangedError
 from cluster.config import ClusterConfig, can_change_role, from_plain
-from cluster.config_diff import settings_digest
+from cluster.config_diff import KINDS, settings_digest
 from cluster.hands import Hands, Pending
 from cluster.members import Member, Phase, PoolName
 from cluster.node_budget import NodeBudget
@@ -64,6 +64,7 @@ class Overseer:
         self._clock = clock
         self._wish: Wish | None = None
         self._config: ClusterConfig | None = None
+        self._want = reconcile.Want(sizes={}, routers=0, digests={})
         self._members: dict[str, Member] = {}
         self._pending: dict[str, Pending] = {}
         """What was begun for a member in its phase."""
@@ -152,6 +153,7 @@ class Overseer:
             return
         self._scaler.sizes_changed(self._wish.sizes if self._wish else {}, wish.sizes, self._clock())
         self._wish, self._config = wish, config
+        self._want = self._wanted()
 
     @property
     def _given(self) -> tuple[Wish, ClusterConfig]:
@@ -159,17 +161,13 @@ class Overseer:
         assert self._config is not None
         return self._wish, self._config
 
-    def _want(self) -> reconcile.Want:
+    def _wanted(self) -> reconcile.Want:
         wish, config = self._given
         pools: tuple[PoolName, ...] = ("decode",) if config.mode == "colocated" else reconcile.POOLS
         return reconcile.Want(
             sizes={pool: wish.sizes[pool] for pool in pools},
             routers=config.router.replicas,
-            digests={
-                "prefill": settings_digest(wish.config, "prefill", wish.turns.get("prefill", 0)),
-                "decode": settings_digest(wish.config, "decode", wish.turns.get("decode", 0)),
-                "router": settings_digest(wish.config, "router", wish.turns.get("router", 0)),
-            },
+            digests={kind: settings_digest(wish.config, kind, wish.turns.get(kind, 0)) for kind in KINDS},
             gpus={pool: gpus_of(self._plan(pool, pool)) for pool in pools},
             max_workers=config.scaling.max_workers,
             max_gpus=config.scaling.max_gpus,
@@ -313,7 +311,7 @@ class Overseer:
         self._role_ended[member_id] = self._clock()
 
     def _act(self) -> None:
-        want = self._want()
+        want = self._want
         found = reconcile.plan(
             want, list(self._members.values()), load=self._roll_call.load(), held_back=self._held_back()
         )
@@ -338,7 +336,7 @@ class Overseer:
             self._scaler.advice = None
             return
         outcome = self._scaler.decide(
-            wish.sizes, config, gpus=self._want().gpus, can_change_role=can_change_role(config), now=self._clock()
+            wish.sizes, config, gpus=self._want.gpus, can_change_role=can_change_role(config), now=self._clock()
         )
         if outcome is None:
             return
@@ -359,7 +357,7 @@ class Overseer:
     def _report(self) -> None:
         """Tell how things are, when that has changed and now and then."""
         wish, config = self._given
-        settled = not self._role_changes and reconcile.is_settled(self._want(), list(self._members.values()))
+        settled = not self._role_changes and reconcile.is_settled(self._want, list(self._members.values()))
         report = {
             "state": "deployed",
             "generation": wish.generation,
