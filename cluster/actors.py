@@ -173,8 +173,7 @@ class EngineActor:
             secret=secret,
             socket_path=socket_path(spec.run_dir, spec.worker_id),
         )
-        bounds = config.drain_s, config.move_within(config.drain_s)
-        return host, lambda: _stats(host.stats()), lambda: host.drain(*bounds)
+        return host, lambda: _stats(host.stats()), lambda: host.drain(config.drain_s)
 
     def _on_sigterm(self) -> None:
         if not self._drains.acquire(blocking=False):
@@ -236,6 +235,7 @@ class FrontActor:
             metrics_address=self._metrics.address,
             prompt_shares={role: spec.prompt_share(config, role) or 1.0 for role in ("prefill", "decode")},
             move_after_s=config.move_after_s,
+            move_at_end_after_s=config.move_within(config.drain_s),
         )
         self._front = self._loop.run(_make_front(options, _store(spec.redis_url, config)), START_S)
         gc.freeze()  # as the engine does: no request waits while the collector looks through Ray and gRPC
@@ -254,7 +254,7 @@ class FrontActor:
     def drain(self, timeout_s: float, move_after_s: float | None = None) -> dict[str, Any]:
         """Take nothing new, wait for what runs, leave the registry; says what was left. Idempotent.
 
-        After `move_after_s` what still generates goes on at other workers (None: nothing does): there must be some.
+        After `move_after_s` what still generates goes on at other workers, if there are some (None: nothing does).
         """
         self._drain_s = max(self._drain_s, timeout_s)
         moving = math.inf if move_after_s is None else move_after_s

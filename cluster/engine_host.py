@@ -6,10 +6,8 @@ The model is loaded once and outlives its fronts. Each front that connects gets 
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
-from collections.abc import Callable
 
 from cluster.engine_messages import engine_stats, kv_layout
 from cluster.host_session import HostSession
@@ -24,8 +22,6 @@ log = logging.getLogger(__name__)
 
 NOTICE_S = 0.3
 """A drain takes at least so long: what routers have sent meanwhile is refused by word, and not by a lost connection."""
-HAND_BACK_EVERY_S = 1.0
-"""How often what generates all the same, as it was adopted late, is given back."""
 
 
 class EngineHost:
@@ -70,19 +66,18 @@ class EngineHost:
             self._session.close()
         self.engine.stop()
 
-    def drain(self, timeout_s: float, move_after_s: float = math.inf) -> bool:
+    def drain(self, timeout_s: float) -> bool:
         """Refuse new work and wait for what runs; False if time was up first.
 
-        Routers hear of it at once; after `move_after_s` they get back what still generates here.
+        The front hears of it at once; it tells the routers, and may have handed back what still generates.
         """
-        begun, wait_s = time.monotonic(), move_after_s
+        begun = time.monotonic()
         self.draining = True
-        self._on_session(HostSession.tell_draining)  # also so that the loop comes by even if it is idle already
-        while not self._drained.wait(min(wait_s, begun + timeout_s - time.monotonic())):
-            if time.monotonic() >= begun + timeout_s:
-                return False
-            self._on_session(HostSession.hand_back)
-            wait_s = HAND_BACK_EVERY_S
+        session = self._session
+        # also so that the loop comes by even if it is idle already
+        self.engine.loop.post(lambda: session.tell_draining() if session is not None else None)
+        if not self._drained.wait(timeout_s):
+            return False
         time.sleep(max(0.0, min(begun + NOTICE_S, begun + timeout_s) - time.monotonic()))
         return True
 
@@ -100,11 +95,6 @@ class EngineHost:
     def layout(self) -> KVLayout:
         """What a peer must agree with before any KV travels."""
         return kv_layout(self.engine.runner, self.engine.model_hash)
-
-    def _on_session(self, do: Callable[[HostSession], None]) -> None:
-        """Have the loop's thread do something for the front that there is."""
-        session = self._session
-        self.engine.loop.post(lambda: do(session) if session is not None else None)
 
     def _on_idle(self) -> None:
         if self.draining and (self._session is None or self._session.num_open() == 0):

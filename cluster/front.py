@@ -7,8 +7,8 @@
 It holds no model and no torch; it comes back fast, and the engine's model outlives it.
 
 Its role may change while it serves (`set_role`): the engine, the registry and every router are told, and what runs
-stays. A worker that leaves the decode pool gives back, after `move_after_s`, what still generates; that goes on at
-other workers. Whoever orders it sees to it that there are some: here nothing is known of others.
+stays. A worker that leaves, or leaves the decode pool, gives back after `move_after_s` what still generates; that goes
+on at other workers. As long as the registry names no other that decodes and stays, nothing is given back.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import enum
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -75,6 +75,8 @@ class FrontOptions:
     """What prompts get at most of a step that also generates, by role; a role that is not named changes nothing."""
     move_after_s: float = 10.0
     """How long requests may go on generating at a worker that has left the decode pool."""
+    move_at_end_after_s: float = 10.0
+    """The same where the worker's engine process is about to end."""
 
 
 class WorkerFront:
@@ -171,10 +173,10 @@ class WorkerFront:
     async def drain(self, timeout_s: float, move_after_s: float = math.inf) -> bool:
         """Take nothing new, wait for what runs; False if time was up first.
 
-        After `move_after_s` routers get back what still generates here.
+        After `move_after_s` routers get back what still generates here, if another worker can go on with it.
         """
         self._state = FrontState.DRAINING
-        self._set_draining(True)
+        await self._set_leaving()
         loop = asyncio.get_running_loop()
         hand_back_at = loop.time() + move_after_s
         try:
@@ -226,7 +228,14 @@ class WorkerFront:
         if step.draining and not self._engine_leaves:
             log.info("the engine process is about to end: draining", extra={"worker": self._options.worker_id})
             self._engine_leaves = True
-            self._set_draining(True)
+            self._set_moving(self._move_at_end())
+
+    async def _set_leaving(self) -> None:
+        """Tell every router, and the registry."""
+        self._set_draining(True)
+        if self.link.state is LinkState.STARTED:
+            with contextlib.suppress(StoreUnavailableError, StaleEpochError):
+                await self._register()
 
     def _set_draining(self, draining: bool) -> None:
         self._prefill.draining = self._decode.draining = draining
@@ -256,7 +265,9 @@ class WorkerFront:
         kept = await self._store.role_of(self._options.worker_id)
         if kept is not None and self._options.role != "both":
             self.role = kept
-        self._engine_leaves = False
+        if self._engine_leaves:
+            self._engine_leaves = False
+            self._set_moving(None)
         if self._state in (FrontState.STARTING, FrontState.SERVING):
             self._set_draining(False)
         return await self._store.next_epoch(self._options.worker_id)
@@ -281,20 +292,42 @@ class WorkerFront:
 
     def _move_later(self, old: Role, move_after_s: float) -> None:
         """See to it that what generates here does not do so for long, where that is no more this worker's affair."""
+        leaves_decode = self.role == "prefill" and old != "prefill"
+        self._set_moving(self._move(move_after_s) if leaves_decode else None)
+
+    def _set_moving(self, moving: Coroutine[Any, Any, None] | None) -> None:
+        """Have this task instead of the one before."""
         if self._moving is not None:
             self._moving.cancel()
-            self._moving = None
-        if self.role == "prefill" and old != "prefill":
-            self._moving = asyncio.create_task(self._move(move_after_s), name="move")
+        self._moving = None if moving is None else asyncio.create_task(moving, name="move")
 
     async def _move(self, move_after_s: float) -> None:
         await asyncio.sleep(move_after_s)
-        await self._hand_back("its worker computes prompts now")
+        while not await self._hand_back("its worker computes prompts now"):
+            await asyncio.sleep(HAND_BACK_EVERY_S)
 
-    async def _hand_back(self, reason: str) -> None:
-        """Have the engine give back what generates; without an engine nothing does."""
-        with contextlib.suppress(EngineGoneError):
+    async def _move_at_end(self) -> None:
+        await self._set_leaving()
+        await asyncio.sleep(self._options.move_at_end_after_s)
+        while True:  # until the next epoch
+            await self._hand_back("its engine process is about to end")
+            await asyncio.sleep(HAND_BACK_EVERY_S)
+
+    async def _hand_back(self, reason: str) -> bool:
+        """Have the engine give back what generates; False where nobody is known who would go on with it."""
+        if not await self._another_decodes():
+            return False
+        with contextlib.suppress(EngineGoneError):  # without an engine nothing generates
             await self.link.call(pb.EngineCommand(hand_back=pb.HandBack(reason=reason)), TELL_TIMEOUT_S)
+        return True
+
+    async def _another_decodes(self) -> bool:
+        try:
+            records = await self._store.workers()
+        except StoreUnavailableError:
+            return False
+        own = self._options.worker_id
+        return any(record.worker_id != own and record.role != "prefill" and not record.leaving for record in records)
 
     async def _register(self) -> None:
         options = self._options
@@ -306,6 +339,7 @@ class WorkerFront:
             metrics_address=options.metrics_address,
             pool=self._pool,
             started_at=self._started_at,
+            leaving=self._engine_leaves or self._state is FrontState.DRAINING,
         )
         await self._store.register(record, LEASE_TTL_S)
         if self._state is FrontState.STARTING:

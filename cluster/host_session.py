@@ -207,7 +207,7 @@ class HostSession:
 
     # ---- on the engine loop's thread ----
 
-    def hand_back(self, reason: str = "the engine process is about to end") -> None:
+    def hand_back(self, reason: str) -> None:
         """Give the routers back what generates, or is about to."""
         if self._decode is None:
             return

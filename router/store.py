@@ -73,6 +73,8 @@ class WorkerRecord:
     pool: str = ""
     started_at: float = 0.0
     """Unix time, for people to read; nothing is decided by it."""
+    leaving: bool = False
+    """It takes nothing new and ends soon: no place for what another worker gives back."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -43,6 +43,7 @@ class Shape:
     decode: DecodeOptions = field(default_factory=DecodeOptions)
     transfer: TransferConfig = field(default_factory=TransferConfig)
     router: RouterConfig = field(default_factory=lambda: RouterConfig(port=0))
+    move_at_end_after_s: float = 10.0
 
 
 @dataclass
@@ -117,7 +118,13 @@ class MiniCluster:
         await asyncio.to_thread(host.start)
         self._stack.push_async_callback(asyncio.to_thread, host.stop)
         options = FrontOptions(
-            worker_id=worker_id, pool=role, role=role, host="127.0.0.1", socket_path=socket_path, secret=SECRET
+            worker_id=worker_id,
+            pool=role,
+            role=role,
+            host="127.0.0.1",
+            socket_path=socket_path,
+            secret=SECRET,
+            move_at_end_after_s=shape.move_at_end_after_s,
         )
         front = WorkerFront(options, self.store)
         await front.start()

@@ -174,9 +174,11 @@ def test_orphans_are_not_handed_back(tiny_llama, tmp_path):
         assert peer.call(pb.EngineCommand(hand_back=pb.HandBack())).stats.num_running == 1
 
 
-def test_a_drain_hands_back_what_would_take_too_long(tiny_llama, tmp_path):
+def test_a_drain_is_told_to_the_front_which_may_have_handed_back_what_would_take_too_long(tiny_llama, tmp_path):
     with Peer("d", tiny_llama, tmp_path) as peer:
         reserve(peer, make_request("a", [5] * 20, max_tokens=4000), local_prefill=True)
-        assert peer.host.drain(30.0, 0.05)
-        assert outputs_until(peer, {"a"})["a"][-1].finish == pb.ENGINE_FINISH_HANDED_BACK
+        assert not peer.host.drain(0.05)
         assert peer.told_draining
+        peer.call(pb.EngineCommand(hand_back=pb.HandBack()))
+        assert peer.host.drain(30.0)
+        assert outputs_until(peer, {"a"})["a"][-1].finish == pb.ENGINE_FINISH_HANDED_BACK

@@ -5,11 +5,11 @@ import math
 
 import pytest
 
-from cluster.front import FrontOptions, FrontState, WorkerFront
+from cluster.front import HAND_BACK_EVERY_S, FrontOptions, FrontState, WorkerFront
 from engine.ipc import EngineServer
 from protos import worker_pb2 as pb
 from router.errors import StoreUnavailableError
-from router.store import MemoryStore
+from router.store import MemoryStore, Role, WorkerRecord
 from tests.engine.test_ipc import EchoSession
 
 
@@ -100,13 +100,19 @@ class Scene:
                 await asyncio.sleep(0.005)
 
     async def listed(self) -> list[tuple[str, str]]:
-        return [(record.role, record.pool) for record in await self.store.workers()]
+        return [(record.role, record.pool) for record in await self.store.workers() if record.worker_id == "w"]
+
+    async def list_another(self, *, role: Role = "decode", leaving: bool = False) -> None:
+        await self.store.register(
+            WorkerRecord(worker_id="x", epoch=0, role=role, address="127.0.0.1:1", leaving=leaving), 100.0
+        )
 
 
 def test_a_role_changes_at_once_and_for_all_lives_to_come(tmp_path):
     async def main() -> None:
         store = MemoryStore()
         async with Scene(tmp_path, store) as scene:
+            await scene.list_another()
             assert scene.roles == [pb.SetRole(role="decode", prompt_share=0.25)]
             assert await scene.listed() == [("decode", "decode")]
             for _ in range(2):
@@ -130,6 +136,7 @@ def test_a_role_changes_at_once_and_for_all_lives_to_come(tmp_path):
 def test_a_worker_that_is_back_in_the_decode_pool_in_time_moves_nothing(tmp_path):
     async def main() -> None:
         async with Scene(tmp_path, MemoryStore()) as scene:
+            await scene.list_another()
             await scene.front.set_role("prefill", 10.0, 0.2)
             await scene.front.set_role("decode", 10.0)
             await asyncio.sleep(0.4)
@@ -161,6 +168,7 @@ def test_a_role_that_cannot_be_changes_nothing(tmp_path):
 def test_a_front_that_leaves_gives_everybody_who_asks_the_same_answer(tmp_path):
     async def main() -> None:
         async with Scene(tmp_path, MemoryStore(), num_running=1) as scene:
+            await scene.list_another()
             first = asyncio.create_task(scene.front.leave(10.0, 0.3))
             await scene.until(lambda: scene.front.state is FrontState.DRAINING)
             with pytest.raises(ValueError, match="is DRAINING: its role changes no more"):
@@ -190,12 +198,54 @@ def test_a_front_leaves_when_its_time_is_up(tmp_path):
     asyncio.run(main())
 
 
+class Forgetful(MemoryStore):
+    """A registry that cannot be asked."""
+
+    async def workers(self) -> list[WorkerRecord]:
+        raise StoreUnavailableError("away")
+
+
+@pytest.mark.parametrize("others", ["none", "prefill", "leaving", "unknown"])
+def test_nothing_is_handed_back_where_nobody_else_decodes(tmp_path, others):
+    async def main() -> None:
+        store = Forgetful() if others == "unknown" else MemoryStore()
+        async with Scene(tmp_path, store, num_running=1) as scene:
+            if others in ("prefill", "leaving"):
+                await scene.list_another(role="prefill" if others == "prefill" else "decode", leaving=True)
+            assert not (await scene.front.leave(0.5, 0.1))["finished"]
+            assert "hand_back" not in scene.log
+
+    asyncio.run(main())
+
+
+def test_what_a_worker_held_moves_once_there_is_another_one(tmp_path):
+    async def main() -> None:
+        async with Scene(tmp_path, MemoryStore(), num_running=1) as scene:
+            await scene.list_another(leaving=True)
+            leave = asyncio.create_task(scene.front.leave(30.0, 0.0))
+            await scene.until(lambda: scene.front.state is FrontState.DRAINING)
+            await asyncio.sleep(0.5)
+            assert not leave.done()
+            await scene.list_another()
+            assert (await leave)["finished"]
+            assert scene.log.count("hand_back") == 1
+
+    asyncio.run(main())
+
+
 def test_a_front_drains_while_its_engine_process_leaves_and_serves_with_the_next_one(tmp_path):
     async def main() -> None:
-        async with Scene(tmp_path, MemoryStore()) as scene:
+        async with Scene(tmp_path, MemoryStore(), num_running=1, move_at_end_after_s=0.05) as scene:
+            await scene.list_another()
             scene.front._on_step(pb.StepEvent(draining=True))
             assert scene.front.state is FrontState.DRAINING
+            await scene.until(lambda: "hand_back" in scene.log)
+            assert (await scene.store.workers())[0].leaving
             await scene.front.link.restart()
             await scene.until(lambda: scene.front.link.epoch == 2 and scene.front.state is FrontState.SERVING)
+            assert not (await scene.store.workers())[0].leaving
+            num_before = scene.log.count("hand_back")
+            await asyncio.sleep(1.5 * HAND_BACK_EVERY_S)
+            assert scene.log.count("hand_back") == num_before
 
     asyncio.run(main())

@@ -15,13 +15,16 @@ from cluster.client import Client, Endpoint
 from cluster.front import FrontState
 from engine.config import CacheOptions, EngineOptions, ModelOptions
 from engine.engine import Engine, tokens_of
+from engine.pace import PaceOptions
 from protos import inference_pb2 as pb
 from router.config import RouterConfig
-from tests.mini_cluster import DEADLINE_S, Answer, MiniCluster, Shape
+from tests.mini_cluster import DEADLINE_S, Answer, MiniCluster, MiniWorker, Shape
 from tests.session_pair import make_request
 
 NUM_CLIENTS = 6
 MOVE_AFTER_S = 0.1
+STEP_MS = 4.0
+"""So that something still generates after this time, however fast the machine is."""
 LENGTHS = ((20, 150), (150, 40), (333, 80), (5, 250), (64, 120), (200, 8))
 """Of prompts and their answers."""
 
@@ -46,6 +49,7 @@ class Load:
     served: asyncio.Condition = field(default_factory=asyncio.Condition)
     num_served: int = 0
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    goes_on: bool = True
 
     async def more(self, num: int) -> None:
         """Wait until so many more are served; a client that failed says so."""
@@ -63,11 +67,11 @@ Generate = Callable[[pb.GenerateRequest], Awaitable[Answer]]
 @contextlib.asynccontextmanager
 async def load_on(generate: Generate, expected: list[list[int]], *, resumable: bool) -> AsyncIterator[Load]:
     """Serve clients meanwhile, whose every token is looked at; at the end they have their last answers."""
-    load, goes_on = Load(), True
+    load = Load()
     numbers = itertools.count()
 
     async def client() -> None:
-        while goes_on:
+        while load.goes_on:
             number = next(numbers)
             (length, num), tokens = LENGTHS[number % len(LENGTHS)], expected[number % len(LENGTHS)]
             sampling = pb.Sampling(max_tokens=num, ignore_eos=True)
@@ -82,7 +86,7 @@ async def load_on(generate: Generate, expected: list[list[int]], *, resumable: b
     load.tasks = [asyncio.create_task(client()) for _ in range(NUM_CLIENTS)]
     try:
         yield load
-        goes_on = False
+        load.goes_on = False
         async with asyncio.timeout(DEADLINE_S):
             await asyncio.gather(*load.tasks)
     finally:
@@ -91,12 +95,13 @@ async def load_on(generate: Generate, expected: list[list[int]], *, resumable: b
         await asyncio.gather(*load.tasks, return_exceptions=True)
 
 
-def run(tiny_llama, directory, scenario) -> None:
+def run(tiny_llama, directory, scenario, *, num_decode: int = 2) -> None:
     shape = Shape(
         model=ModelOptions(path=str(tiny_llama)),
         num_prefill=2,
-        num_decode=2,
-        options=EngineOptions(max_step_tokens=64, max_running=8),
+        num_decode=num_decode,
+        options=EngineOptions(max_step_tokens=64, max_running=8, pace=PaceOptions(fixed_ms=STEP_MS)),
+        move_at_end_after_s=MOVE_AFTER_S,
         router=RouterConfig(port=0, max_attempts=1),
     )
 
@@ -110,6 +115,13 @@ def run(tiny_llama, directory, scenario) -> None:
             assert set(stats.outcomes) <= {"length"}
 
     asyncio.run(main())
+
+
+async def until_it_generates(worker: MiniWorker) -> None:
+    """Wait until some of the clients' requests run there."""
+    async with asyncio.timeout(DEADLINE_S):
+        while worker.front.link.stats.num_running < NUM_CLIENTS / 3:  # noqa: ASYNC110 (each step sets it)
+            await asyncio.sleep(0.002)
 
 
 async def leave(cluster: MiniCluster, worker_id: str) -> None:
@@ -196,13 +208,34 @@ def test_workers_of_each_role_drain_under_load(tiny_llama, tmp_path, expected):
     run(tiny_llama, tmp_path, scenario)
 
 
+@pytest.mark.parametrize("what", ["front", "engine process"])
+def test_what_the_only_decode_worker_has_ends_there_before_it_leaves(tiny_llama, tmp_path, expected, what):
+    async def scenario(cluster: MiniCluster) -> None:
+        worker = cluster.workers.pop("decode-0")
+        async with load_on(cluster.generate, expected, resumable=False) as load:
+            await until_it_generates(worker)
+            load.goes_on = False
+            if what == "front":
+                assert (await worker.front.leave(30.0, 0.0))["finished"]
+            else:
+                assert await asyncio.to_thread(worker.host.drain, 30.0)
+        assert load.num_served >= NUM_CLIENTS
+        assert cluster.router.stats().moved == 0
+        pool = worker.host.engine.pool
+        assert pool.num_free == pool.num_blocks
+
+    run(tiny_llama, tmp_path, scenario, num_decode=1)
+
+
 def test_an_engine_process_that_is_to_end_drains_through_its_front(tiny_llama, tmp_path, expected):
     async def scenario(cluster: MiniCluster) -> None:
         async with load_on(cluster.generate, expected, resumable=False) as load:
             await load.more(6)
             for worker_id in ("decode-0", "prefill-0"):
                 worker = cluster.workers.pop(worker_id)
-                assert await asyncio.to_thread(worker.host.drain, 30.0, MOVE_AFTER_S)
+                if worker_id == "decode-0":
+                    await until_it_generates(worker)
+                assert await asyncio.to_thread(worker.host.drain, 30.0)
                 assert worker.front.state is FrontState.DRAINING
                 await asyncio.to_thread(worker.host.stop)
                 pool = worker.host.engine.pool
