@@ -293,7 +293,7 @@ class WorkerFront:
     def _move_later(self, old: Role, move_after_s: float) -> None:
         """See to it that what generates here does not do so for long, where that is no more this worker's affair."""
         leaves_decode = self.role == "prefill" and old != "prefill"
-        self._set_moving(self._move(move_after_s) if leaves_decode else None)
+        self._set_moving(self._move(move_after_s, "its worker computes prompts now") if leaves_decode else None)
 
     def _set_moving(self, moving: Coroutine[Any, Any, None] | None) -> None:
         """Have this task instead of the one before."""
@@ -301,17 +301,17 @@ class WorkerFront:
             self._moving.cancel()
         self._moving = None if moving is None else asyncio.create_task(moving, name="move")
 
-    async def _move(self, move_after_s: float) -> None:
+    async def _move(self, move_after_s: float, reason: str, *, again: bool = False) -> None:
         await asyncio.sleep(move_after_s)
-        while not await self._hand_back("its worker computes prompts now"):
+        while True:
+            if await self._hand_back(reason) and not again:
+                return
             await asyncio.sleep(HAND_BACK_EVERY_S)
 
     async def _move_at_end(self) -> None:
+        """Until there is another epoch."""
         await self._set_leaving()
-        await asyncio.sleep(self._options.move_at_end_after_s)
-        while True:  # until the next epoch
-            await self._hand_back("its engine process is about to end")
-            await asyncio.sleep(HAND_BACK_EVERY_S)
+        await self._move(self._options.move_at_end_after_s, "its engine process is about to end", again=True)
 
     async def _hand_back(self, reason: str) -> bool:
         """Have the engine give back what generates; False where nobody is known who would go on with it."""
