@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -122,6 +123,16 @@ async def ask(stub: inference_pb2_grpc.InferenceStub, request: pb.GenerateReques
     return answer
 
 
+async def until_it_is_chosen(stub: inference_pb2_grpc.InferenceStub, decode_worker: str) -> None:
+    """Ask until this worker has generated an answer: one that has just come back gets its share from now on."""
+    async with asyncio.timeout(RECOVERY_S):
+        for seed in itertools.count(1_000_000, 2):
+            prompts = [prompt_of(25, seed=seed), prompt_of(25, seed=seed + 1)]
+            answers = await asyncio.gather(*(ask(stub, request_of(prompt)) for prompt in prompts))
+            if any(answer.finished.decode_worker.startswith(f"{decode_worker}/") for answer in answers):
+                return
+
+
 async def ask_as_alone(stub: inference_pb2_grpc.InferenceStub, alone, prompts: list[list[int]]) -> None:
     """All prompts at once, and one of them sampled: the tokens are those of one engine."""
     answers = await asyncio.gather(*(ask(stub, request_of(prompt)) for prompt in prompts))
@@ -231,17 +242,18 @@ def test_a_killed_prefill_process_fails_nobody_and_comes_back(cluster, alone, lo
 @pytest.mark.parametrize("log_names", [["front"], ["engine0"], ["front", "engine0"]])
 def test_sigterm_drains_a_worker_and_what_it_generates_goes_on_elsewhere(cluster, alone, log_names):
     """As a pod that is stopped gets it, all its processes at once; nobody has failed, not even for the router."""
-    prompt = prompt_of(25, seed=4)
+    prompts = [prompt_of(25, seed=seed) for seed in range(40, 46)]
     before = cluster.until(lambda members: all(item["state"] == "ready" for item in members.values()))
     processes = [cluster.process(f"decode-1-{name}.log") for name in log_names]
 
     async def scenario(stub) -> None:
-        asked = [asyncio.create_task(ask(stub, request_of(prompt, max_tokens=1000))) for _ in range(4)]
+        await until_it_is_chosen(stub, "decode-1")
+        asked = [asyncio.create_task(ask(stub, request_of(prompt, max_tokens=650))) for prompt in prompts]
         await asyncio.sleep(0.2)
         for process in processes:
             process.send_signal(signal.SIGTERM)
-        for answer in await asyncio.gather(*asked):
-            assert answer.token_ids == alone(prompt, max_tokens=1000)
+        for prompt, answer in zip(prompts, await asyncio.gather(*asked), strict=True):
+            assert answer.token_ids == alone(prompt, max_tokens=650)
 
     with_stub(cluster, scenario)
     after = cluster.until(
