@@ -72,6 +72,7 @@ def under_pressure(
     return asyncio.run(scenario())
 
 
+@pytest.mark.slow
 def test_an_overload_leaves_nothing_and_every_refusal_says_when_to_try_again(
     tiny_llama: Path, tmp_path: Path, processes: Processes
 ) -> None:
@@ -86,6 +87,7 @@ def test_an_overload_leaves_nothing_and_every_refusal_says_when_to_try_again(
     assert "| left behind | nothing | nothing |" in overload_table(found)
 
 
+@pytest.mark.slow
 def test_clients_that_misbehave_leave_nothing_and_end_no_other_stream(
     tiny_llama: Path, tmp_path: Path, processes: Processes
 ) -> None:

@@ -233,6 +233,7 @@ def test_a_shape_that_is_too_large_or_for_which_there_is_no_time_is_dropped(tmp_
     assert "Dropped: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_two_shapes_under_one_load(tmp_path, capsys):
     """The whole of it on CPUs, over gloo; then once more from its file, for a stricter SLO."""

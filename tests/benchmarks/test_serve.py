@@ -337,6 +337,7 @@ class TestProbe:
         assert ceilings_of([]) is None
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_a_real_cluster_under_load(header, tmp_path, monkeypatch, capsys):
     """From another directory, by a model that is nothing but a header."""
