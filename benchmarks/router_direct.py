@@ -16,7 +16,7 @@ import grpc
 
 from benchmarks.router_clients import GENERATE
 from benchmarks.router_worker import FIRST_TOKEN_ID, NUM_TOKEN_IDS, Pace
-from cluster import grpc_poller
+from cluster import niceness
 from protos import inference_pb2 as pb
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -38,7 +38,7 @@ class DirectSide(grpc.GenericRpcHandler):
         self._server.add_generic_rpc_handlers((self,))
         port = self._server.add_insecure_port("127.0.0.1:0")
         await self._server.start()
-        grpc_poller.give_way()
+        niceness.poller_gives_way()
         return f"127.0.0.1:{port}"
 
     async def set_pace(self, pace: Pace) -> None:

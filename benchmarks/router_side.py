@@ -11,7 +11,7 @@ from typing import Literal
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from cluster import grpc_poller, logs
+from cluster import logs, niceness
 from engine.config import ModelOptions
 from router.app import RouterApp
 from router.config import RouterConfig
@@ -55,7 +55,7 @@ class RouterSide:
                 await asyncio.sleep(0.01)
         gc.collect()
         gc.freeze()  # this and the next line as the router's actor does
-        grpc_poller.give_way()
+        niceness.poller_gives_way()
         if self._profile:
             self._profiler = cProfile.Profile()
             self._profiler.enable()

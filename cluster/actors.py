@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cluster import grpc_poller, metrics, pairs
+from cluster import metrics, niceness, pairs
 from cluster.config import ClusterConfig, PoolConfig, from_plain
 from cluster.counters import ROUTER_COUNTERS, WORKER_COUNTERS
 from cluster.front import FrontOptions, FrontState, WorkerFront
@@ -123,6 +123,8 @@ class EngineActor:
 
         A rank of several that is lost later ends this process, and so all ranks of the worker start again.
         """
+        from engine.runner import choose_device
+
         spec = at_node(spec)
         config = from_plain(spec.config)
         secret = begin(f"engine{rank}", spec.worker_id, config, spec.run_dir, spec.redis_url)
@@ -135,6 +137,8 @@ class EngineActor:
                 self._lead(spec, config, secret, load) if rank == 0 else _follow(spec, rank, secret, load)
             )
             self._host.start()
+        if choose_device(spec.pool_config(config).device).type == "cpu":
+            niceness.engine_gives_way()
         collector = metrics.StatsCollector("engine", lambda: {**numbers(), **load.stats()}, counters=WORKER_COUNTERS)
         self._metrics = metrics.serve([collector], host=config.observability.metrics_host)
         on_sigterm(self._on_sigterm)
@@ -301,7 +305,7 @@ class RouterActor:
         self._metrics = metrics.serve([collector], host=observability.metrics_host, port=port)
         self._app, self._address = self._loop.run(_make_router(spec, config, secret, self._metrics.address), START_S)
         gc.freeze()
-        grpc_poller.give_way()
+        niceness.poller_gives_way()
         on_sigterm(self._on_sigterm)
 
     def ready(self) -> dict[str, Any]:

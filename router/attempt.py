@@ -169,7 +169,7 @@ class Attempt:
         if self._prefilling is not None:
             self._prefilling.cancel()
         is_open = self.state in (AttemptState.RESERVING, AttemptState.PREFILLING, AttemptState.DECODING)
-        if is_open and not self._job.leaves_it_running():
+        if is_open and not self._job.leaves_it_running:
             self._abort(self._decode, reason, decode=True)
             if self._prefill is not None:
                 self._abort(self._prefill, reason, decode=False)

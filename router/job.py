@@ -38,7 +38,7 @@ class Job:
     resumable: bool = False
     adoption: Adoption | None = None
     """What to go on with before any attempt is made."""
-    leaves_it_running: Callable[[], bool] = bool
+    leaves_it_running: bool = False
     """Whether its end at this router is to be no end at its workers."""
     on_reserved: Callable[[WorkerInfo, int], object] | None = None
     """Told which worker has it, under which attempt."""

@@ -142,7 +142,7 @@ class Runs:
             async with scope:
                 while (event := await reader.next_event(TURN_S)) is not None:
                     async with asyncio.timeout(limit_s):
-                        with scope.writing():
+                        with scope:
                             await client.write(event)
         except TimeoutError:
             raise SlowClientError(
@@ -173,7 +173,7 @@ class Runs:
     def leave(self) -> None:
         """This router stops: what runs goes on at its workers, for another router to adopt."""
         for run in self._runs.values():
-            run.session.leaves_it_running = True
+            run.session.leave_it_running()
 
     async def close(self) -> None:
         """End what is left; the sessions have been interrupted before."""

@@ -25,13 +25,13 @@ class ScopeState(enum.Enum):
 
 
 class Scope:
-    """An async context manager around the serving of one request."""
+    """Two context managers: `async with` around the serving of one request, `with` around each of its writes."""
 
     def __init__(self) -> None:
         self.state = ScopeState.CLOSED
         self.write_cut = False
         """A write was cut: only a status can end the stream now."""
-        self._writing = _Writing(self)
+        self._is_writing = False
         self._thrown = False
         self._error: BaseException | None = None
         self._timers: list[asyncio.TimerHandle] = []
@@ -49,7 +49,9 @@ class Scope:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.seal()
-        if self._thrown and self._task.uncancel() <= self._cancels_before and kind is asyncio.CancelledError:
+        task = self._task
+        del self._task  # it has a frame that has this scope
+        if self._thrown and task.uncancel() <= self._cancels_before and kind is asyncio.CancelledError:
             assert self._error is not None
             raise self._error from None
 
@@ -62,7 +64,7 @@ class Scope:
             return False
         self.state = ScopeState.INTERRUPTED
         self._error = error
-        if not self._writing.under_way:
+        if not self._is_writing:
             self._throw()
         else:
             self._timers.append(self._loop.call_later(patience_s, self._cut_write))
@@ -78,9 +80,14 @@ class Scope:
         for timer in self._timers:
             timer.cancel()
 
-    def writing(self) -> _Writing:
-        """Marks a write: an interrupt waits for its end, then is raised here."""
-        return self._writing
+    def __enter__(self) -> None:
+        """Mark a write: an interrupt waits for its end, then is raised here."""
+        self._is_writing = True
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        self._is_writing = False
+        if kind is None:
+            self.raise_if_interrupted()
 
     def raise_if_interrupted(self) -> None:
         """The error that waited for the end of a write, unless it was thrown into it."""
@@ -89,28 +96,10 @@ class Scope:
             raise self._error
 
     def _cut_write(self) -> None:
-        if self._writing.under_way and not self._thrown:
+        if self._is_writing and not self._thrown:
             self.write_cut = True
             self._throw()
 
     def _throw(self) -> None:
         self._thrown = True
         self._task.cancel()
-
-
-class _Writing:
-    """A scope's mark of its writes, one after the other; a class of its own because every token passes it."""
-
-    __slots__ = ("_scope", "under_way")
-
-    def __init__(self, scope: Scope) -> None:
-        self._scope = scope
-        self.under_way = False
-
-    def __enter__(self) -> None:
-        self.under_way = True
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        self.under_way = False
-        if kind is None:
-            self._scope.raise_if_interrupted()

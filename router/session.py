@@ -125,8 +125,7 @@ class Session:
         self._context = context
         self.request_id = request.request_id[: validation.MAX_REQUEST_ID_CHARS]
         """For logs: the client's as far as it goes, then the one it was given."""
-        self.leaves_it_running = False
-        """Whether an end from outside is to be no end at the workers."""
+        self._leaves_it_running = False
         self.on_reserved: Callable[[WorkerInfo, int], object] | None = None
         """Told which worker has it, under which attempt."""
         self.scope = Scope()
@@ -144,7 +143,7 @@ class Session:
         try:
             outcome = await self._serve()
         except RouterError as error:
-            failure = error
+            failure = error.with_traceback(None)  # it holds this frame, and the frame holds it
             outcome = error.code.name.lower()
         except grpc.aio.InternalError:
             logger.debug("the client is gone", extra={"request_id": self.request_id})
@@ -155,6 +154,17 @@ class Session:
         finally:
             self._account(outcome, "" if failure is None else failure.message)
         return failure
+
+    @property
+    def leaves_it_running(self) -> bool:
+        """Whether an end from outside is to be no end at the workers."""
+        return self._leaves_it_running
+
+    def leave_it_running(self) -> None:
+        """Have it so."""
+        self._leaves_it_running = True
+        if self._job is not None:
+            self._job.leaves_it_running = True
 
     def fresh_output(self) -> OutputStream:
         """The text side of the answer, from its beginning; once the request is accepted."""
@@ -212,7 +222,6 @@ class Session:
             tenant=self._tenant,
             resumable=request.resumable,
             adoption=self._origin.adoption,
-            leaves_it_running=lambda: self.leaves_it_running,
             on_reserved=self.on_reserved,
         )
         self._timeline.mark(Moment.ACCEPTED)
@@ -220,6 +229,7 @@ class Session:
             request_id=request_id, model=desk.model.name, num_prompt_tokens=len(ids), seed=params.seed
         )
         await self._write(inference_pb2.GenerateEvent(accepted=accepted))
+        job.leaves_it_running = self._leaves_it_running
         self._job = job
         desk.stats.accepted += 1
         desk.stats.accepted_prompt_tokens += len(ids)
@@ -241,7 +251,7 @@ class Session:
         if chunk.offset:
             stats.itl_s.observe(since_s)
         message, ending = self._output.push(chunk)
-        with self.scope.writing():
+        with self.scope:
             await self._context.write(inference_pb2.GenerateEvent(tokens=message))
         if not chunk.offset:
             self._timeline.mark(Moment.FIRST_SENT)
@@ -249,7 +259,7 @@ class Session:
         return ending
 
     async def _write(self, event: inference_pb2.GenerateEvent) -> None:
-        with self.scope.writing():
+        with self.scope:
             await self._context.write(event)
 
     async def _finish(self, job: Job, ending: Ending, limit_s: float) -> None:
