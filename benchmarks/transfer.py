@@ -12,6 +12,7 @@ Two processes with one GPU each, joined by the product's own TransferNode.
     pair         gather, send and scatter between two caches of an 8B model's shape, over the channel's rate
     decode-load  steps of a batch of 64 while nothing arrives, KV at the rate of one prefill GPU, and all that goes
     hand-over    prefill on one engine and decode on the other, beside the same engine alone; equal answers
+    kernels      which of a prompt's kernels take longer while its KV leaves, and beside what (GPUs; only if asked for)
 
 The engines have the shapes of Llama-3.1-8B and random weights. Both GPUs' own ceilings (copy, read, product) are
 measured first. Every line is printed as soon as it is known. On a CPU a tiny model runs over gloo: good for trying it
@@ -40,6 +41,7 @@ import torch
 from benchmarks.budget import Budget
 from benchmarks.llama_8b import LLAMA_8B
 from benchmarks.transfer_ceiling import CeilingBook, run_ceiling
+from benchmarks.transfer_kernels import run_kernels
 from benchmarks.transfer_load import run_load
 from benchmarks.transfer_pair import run_pair
 from benchmarks.transfer_plan import CPU, GPU, Plan, grid, model_header
@@ -47,15 +49,18 @@ from benchmarks.transfer_report import Report, note
 from benchmarks.transfer_rig import Rig, RigError, running
 from benchmarks.transfer_router import run_handover
 
-SECTIONS = ("ceiling", "pair", "decode-load", "hand-over")
-ENGINE_SECTIONS = ("decode-load", "hand-over")
+SECTIONS = ("ceiling", "pair", "decode-load", "hand-over", "kernels")
+DEFAULT_SECTIONS = SECTIONS[:4]
+ENGINE_SECTIONS = ("decode-load", "hand-over", "kernels")
 START_TIMEOUT_S = 120.0
 ENGINE_TIMEOUT_S = 300.0
 
 
 def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sections", type=_sections, default=SECTIONS, help=f"default: {','.join(SECTIONS)}")
+    parser.add_argument(
+        "--sections", type=_sections, default=DEFAULT_SECTIONS, help=f"default: {','.join(DEFAULT_SECTIONS)}"
+    )
     parser.add_argument("--budget-s", type=float, default=45.0, help="a section begins nothing new after so long")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: GPUs where there are two")
     parser.add_argument("--gpus", type=_names, help="two of them, as in CUDA_VISIBLE_DEVICES; default: the first two")
@@ -119,15 +124,21 @@ def plan_of(arguments: argparse.Namespace, device: str, directory: Path) -> Plan
 def choose_gpus(arguments: argparse.Namespace) -> tuple[str, ...]:
     """What CUDA_VISIBLE_DEVICES calls the two GPUs; none: on a CPU."""
     if arguments.device == "cpu":
-        return ()
+        return _no_gpus(arguments)
     count = torch.cuda.device_count()
     if arguments.gpus is None and arguments.device is None and count == 0:
-        return ()
+        return _no_gpus(arguments)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     gpus: tuple[str, ...] = arguments.gpus or tuple(visible.split(",") if visible else map(str, range(count)))
     if len(gpus) < 2 or count < 2:
         raise SystemExit(f"two GPUs are needed, torch sees {count}; --device cpu tries it out without")
     return gpus[:2]
+
+
+def _no_gpus(arguments: argparse.Namespace) -> tuple[str, ...]:
+    if "kernels" in arguments.sections:
+        raise SystemExit("section kernels needs two GPUs: a CPU has no kernels to look at")
+    return ()
 
 
 def measure(rig: Rig, plan: Plan, arguments: argparse.Namespace, report: Report) -> list[str]:
@@ -165,7 +176,8 @@ def _run(section: str, rig: Rig, plan: Plan, report: Report, budget: Budget, boo
         run_load(rig, plan, report, budget)
     else:
         header = json.loads((Path(plan.directory) / "config.json").read_text())
-        run_handover(rig, plan, report, budget, header["vocab_size"])
+        run = run_handover if section == "hand-over" else run_kernels
+        run(rig, plan, report, budget, header["vocab_size"])
 
 
 def _measure_gpus(rig: Rig, report: Report) -> None:

@@ -12,6 +12,7 @@ import time
 from functools import partial
 from typing import Any
 
+from benchmarks.engine_trace import Tracer
 from benchmarks.transfer_side import Side
 from benchmarks.transfer_tickets import Node
 from decode_pool.config import DecodeOptions
@@ -41,6 +42,7 @@ class Crafts:
         """Of each request: (moment, TokenOutput message) or an error."""
         self._begun: list[queue.SimpleQueue[tuple[float, pb.PrefillReply | Exception]]] = []
         """The answers of the prompts begun last."""
+        self._tracer: Tracer | None = None
 
     def open(self) -> None:
         """Join the crafts to the engine and the node, which is open."""
@@ -163,6 +165,18 @@ class Crafts:
     def forget(self) -> None:
         """Have no prompt's KV found again."""
         self._side.on_loop(self._engine.pool.forget_all)
+
+    def begin_trace(self) -> None:
+        """Record every kernel of this process from now on."""
+        self._tracer = Tracer()
+        self._side.on_loop(self._tracer.start)
+
+    def end_trace(self) -> list[tuple[str, float, float]]:
+        """Name, start and end in microseconds of all that ran since."""
+        tracer, self._tracer = self._tracer, None
+        assert tracer is not None, "begin_trace comes first"
+        self._side.on_loop(tracer.stop)
+        return [(kernel.name, kernel.start, kernel.end) for kernel in tracer.kernels()]
 
     # -- on the loop's thread
 
