@@ -4,6 +4,7 @@
     python -m benchmarks.transfer --sections ceiling,pair --ctas 2,4,8 --pieces 8,16,32,64
     python -m benchmarks.transfer --sections decode-load --steps 96
     python -m benchmarks.transfer --sections hand-over --lengths 8192 --repeats 20 --pair-ctas 4
+    python -m benchmarks.transfer --sections kernels --lengths 8192 --repeats 4
     python -m benchmarks.transfer --device cpu
 
 Two processes with one GPU each, joined by the product's own TransferNode.

@@ -147,7 +147,7 @@ def _measure(rig: Rig, router: Router, plan: Plan, length: int) -> Loss:
                 rig.sender.call("crafts.begin_trace")
             router.rest(max(plan.rest_s, 2 * REST_US / 1e6))
             if is_split:
-                router.split([router.request(length, 1)], Times())
+                router.split([router.request(length, plan.answer)], Times())
             else:
                 router.alone(router.request(length, 1)[1])
         kernels = [Kernel(*each) for each in rig.sender.call("crafts.end_trace")]

@@ -19,19 +19,20 @@ import enum
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import grpc
 
+from cluster.key_check import WorkerKeyCheck
 from decode_pool.service import DecodeService
 from engine.ipc import EngineGoneError
 from engine.link import EngineLink, LinkState
 from prefill_pool.service import PrefillService
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc
-from protos.auth import WORKER_METADATA_KEY, same_key, worker_key
+from protos.auth import worker_key
 from router.errors import StaleEpochError, StoreUnavailableError
 from router.store import FleetStore, Role, WorkerRecord
 
@@ -46,8 +47,6 @@ HAND_BACK_EVERY_S = 1.0
 """How often what generates all the same, as it was adopted late, is given back."""
 TELL_TIMEOUT_S = 5.0
 """Bound of a word to the engine that nobody else bounds."""
-STREAMS = ("/Attach", "/OpenReserve", "/OpenPrefill")
-"""The methods that take a stream."""
 
 
 class FrontState(enum.Enum):
@@ -122,7 +121,7 @@ class WorkerFront:
     async def start(self) -> str:
         """Listen, link to the engine, register when it is up; returns the bound address."""
         self._server = grpc.aio.server(
-            interceptors=[_KeyInterceptor(worker_key(self._options.secret))],
+            interceptors=[WorkerKeyCheck(worker_key(self._options.secret))],
             options=[
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", 64 << 20),
@@ -373,29 +372,3 @@ def _checked(role: str, options: FrontOptions) -> Role:
 def num_open(stats: pb.WorkerStats) -> int:
     """Requests of any phase that a worker still has."""
     return stats.num_running + stats.num_waiting + stats.num_reserved + stats.open_sends
-
-
-class _KeyInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Lets in only callers who know the cluster secret."""
-
-    def __init__(self, key: str) -> None:
-        self._key = key
-
-        async def refuse(_request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this port is for the cluster's own routers")
-
-        self._refusals = {
-            False: grpc.unary_unary_rpc_method_handler(refuse),
-            True: grpc.stream_stream_rpc_method_handler(refuse),
-        }
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
-        """Refuse a call whose metadata lacks the key."""
-        metadata = dict(handler_call_details.invocation_metadata or ())
-        if same_key(str(metadata.get(WORKER_METADATA_KEY, "")), self._key):
-            return await continuation(handler_call_details)
-        return self._refusals[handler_call_details.method.endswith(STREAMS)]
