@@ -13,7 +13,7 @@ from tests.e2e.test_cluster import Cluster, all_free, alone, ask, ask_as_alone, 
 from tests.e2e.test_mini_cluster import prompt_of, request_of
 
 __all__ = ["alone"]
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 YAML = """
 mode: split

@@ -19,7 +19,7 @@ from tests.e2e.test_cluster import Cluster, all_free, alone, take_down
 from tests.e2e.test_mini_cluster import prompt_of, request_of
 from tests.mini_cluster import Answer
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 __all__ = ["alone"]
 RESUME_S = 3.0
