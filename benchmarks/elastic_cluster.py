@@ -365,7 +365,7 @@ def plot(figures: Figures, file: Path) -> None:
         begin_s += phase.seconds
     pools.set_ylim(0, figures.options.max_workers + 1)
     for axes in (pools, ttft, itl):
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="lower right")
         axes.grid(alpha=0.3)
     itl.set_xlabel("seconds")
     canvas.suptitle("Pools that follow a load that shifts (paced workers: a rehearsal, not a measurement of hardware)")
