@@ -125,21 +125,15 @@ def plan_of(arguments: argparse.Namespace, device: str, directory: Path) -> Plan
 def choose_gpus(arguments: argparse.Namespace) -> tuple[str, ...]:
     """What CUDA_VISIBLE_DEVICES calls the two GPUs; none: on a CPU."""
     if arguments.device == "cpu":
-        return _no_gpus(arguments)
+        return ()
     count = torch.cuda.device_count()
     if arguments.gpus is None and arguments.device is None and count == 0:
-        return _no_gpus(arguments)
+        return ()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     gpus: tuple[str, ...] = arguments.gpus or tuple(visible.split(",") if visible else map(str, range(count)))
     if len(gpus) < 2 or count < 2:
         raise SystemExit(f"two GPUs are needed, torch sees {count}; --device cpu tries it out without")
     return gpus[:2]
-
-
-def _no_gpus(arguments: argparse.Namespace) -> tuple[str, ...]:
-    if "kernels" in arguments.sections:
-        raise SystemExit("section kernels needs two GPUs: a CPU has no kernels to look at")
-    return ()
 
 
 def measure(rig: Rig, plan: Plan, arguments: argparse.Namespace, report: Report) -> list[str]:
@@ -195,6 +189,8 @@ def _measure_gpus(rig: Rig, report: Report) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = arguments_of(argv)
     gpus = choose_gpus(arguments)
+    if not gpus and "kernels" in arguments.sections:
+        raise SystemExit("section kernels needs two GPUs: leave it out of --sections on a CPU")
     command = " ".join(["python -m benchmarks.transfer", *(sys.argv[1:] if argv is None else argv)])
     with tempfile.TemporaryDirectory(prefix="pdserve-config-") as folder:
         plan = plan_of(arguments, "cuda" if gpus else "cpu", Path(folder))

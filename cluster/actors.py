@@ -123,8 +123,6 @@ class EngineActor:
 
         A rank of several that is lost later ends this process, and so all ranks of the worker start again.
         """
-        from engine.runner import choose_device
-
         spec = at_node(spec)
         config = from_plain(spec.config)
         secret = begin(f"engine{rank}", spec.worker_id, config, spec.run_dir, spec.redis_url)
@@ -137,6 +135,8 @@ class EngineActor:
                 self._lead(spec, config, secret, load) if rank == 0 else _follow(spec, rank, secret, load)
             )
             self._host.start()
+        from engine.runner import choose_device
+
         if choose_device(spec.pool_config(config).device).type == "cpu":
             niceness.engine_gives_way()
         collector = metrics.StatsCollector("engine", lambda: {**numbers(), **load.stats()}, counters=WORKER_COUNTERS)

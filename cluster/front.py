@@ -175,11 +175,11 @@ class WorkerFront:
         After `move_after_s` routers get back what still generates here, if another worker can go on with it.
         """
         self._state = FrontState.DRAINING
-        await self._set_leaving()
         loop = asyncio.get_running_loop()
         hand_back_at = loop.time() + move_after_s
         try:
             async with asyncio.timeout(timeout_s):
+                await self._set_leaving()
                 await asyncio.sleep(NOTICE_S)
                 while not await self._is_done():
                     if not await self._is_idle_within(hand_back_at - loop.time()):

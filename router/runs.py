@@ -142,7 +142,7 @@ class Runs:
             async with scope:
                 while (event := await reader.next_event(TURN_S)) is not None:
                     async with asyncio.timeout(limit_s):
-                        with scope:
+                        with scope.writing():
                             await client.write(event)
         except TimeoutError:
             raise SlowClientError(

@@ -25,7 +25,7 @@ class ScopeState(enum.Enum):
 
 
 class Scope:
-    """Two context managers: `async with` around the serving of one request, `with` around each of its writes."""
+    """An async context manager around the serving of one request; `with scope.writing()` around each of its writes."""
 
     def __init__(self) -> None:
         self.state = ScopeState.CLOSED
@@ -80,8 +80,11 @@ class Scope:
         for timer in self._timers:
             timer.cancel()
 
+    def writing(self) -> Scope:
+        """Marks a write: an interrupt waits for its end, then is raised here."""
+        return self
+
     def __enter__(self) -> None:
-        """Mark a write: an interrupt waits for its end, then is raised here."""
         self._is_writing = True
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:

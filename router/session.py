@@ -251,7 +251,7 @@ class Session:
         if chunk.offset:
             stats.itl_s.observe(since_s)
         message, ending = self._output.push(chunk)
-        with self.scope:
+        with self.scope.writing():
             await self._context.write(inference_pb2.GenerateEvent(tokens=message))
         if not chunk.offset:
             self._timeline.mark(Moment.FIRST_SENT)
@@ -259,7 +259,7 @@ class Session:
         return ending
 
     async def _write(self, event: inference_pb2.GenerateEvent) -> None:
-        with self.scope:
+        with self.scope.writing():
             await self._context.write(event)
 
     async def _finish(self, job: Job, ending: Ending, limit_s: float) -> None:

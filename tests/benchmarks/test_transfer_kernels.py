@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.engine_trace import Kernel
-from benchmarks.transfer import arguments_of, choose_gpus
+from benchmarks.transfer import main
 from benchmarks.transfer_kernels import compare, prompts_of
 
 
@@ -44,4 +44,4 @@ def test_prompts_of_other_kernels_are_not_compared():
 
 def test_a_cpu_has_none():
     with pytest.raises(SystemExit, match="section kernels needs two GPUs"):
-        choose_gpus(arguments_of(["--device", "cpu", "--sections", "kernels"]))
+        main(["--device", "cpu", "--sections", "kernels"])

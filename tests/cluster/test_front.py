@@ -211,7 +211,8 @@ def test_nothing_is_handed_back_where_nobody_else_decodes(tmp_path, others):
         store = Forgetful() if others == "unknown" else MemoryStore()
         async with Scene(tmp_path, store, num_running=1) as scene:
             if others in ("prefill", "leaving"):
-                await scene.list_another(role="prefill" if others == "prefill" else "decode", leaving=True)
+                role: Role = "prefill" if others == "prefill" else "decode"
+                await scene.list_another(role=role, leaving=others == "leaving")
             assert not (await scene.front.leave(0.5, 0.1))["finished"]
             assert "hand_back" not in scene.log
 

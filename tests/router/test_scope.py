@@ -16,7 +16,7 @@ CANCELLED = RequestCancelledError("asked to")
 
 async def write_in(scope: Scope, written: asyncio.Event) -> None:
     async with scope:
-        with scope:
+        with scope.writing():
             await written.wait()
 
 
