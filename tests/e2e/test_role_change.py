@@ -66,12 +66,15 @@ Generate = Callable[[pb.GenerateRequest], Awaitable[Answer]]
 
 @contextlib.asynccontextmanager
 async def load_on(generate: Generate, expected: list[list[int]], *, resumable: bool) -> AsyncIterator[Load]:
-    """Serve clients meanwhile, whose every token is looked at; at the end they have their last answers."""
+    """Serve clients meanwhile, whose every token is looked at; at the end they have their last answers.
+
+    Each asks once at least.
+    """
     load = Load()
     numbers = itertools.count()
 
     async def client() -> None:
-        while load.goes_on:
+        while True:
             number = next(numbers)
             (length, num), tokens = LENGTHS[number % len(LENGTHS)], expected[number % len(LENGTHS)]
             sampling = pb.Sampling(max_tokens=num, ignore_eos=True)
@@ -82,6 +85,8 @@ async def load_on(generate: Generate, expected: list[list[int]], *, resumable: b
             async with load.served:
                 load.num_served += 1
                 load.served.notify_all()
+            if not load.goes_on:
+                return
 
     load.tasks = [asyncio.create_task(client()) for _ in range(NUM_CLIENTS)]
     try:
@@ -121,6 +126,13 @@ async def until_it_generates(worker: MiniWorker) -> None:
     """Wait until some of the clients' requests run there."""
     async with asyncio.timeout(DEADLINE_S):
         while worker.front.link.stats.num_running < NUM_CLIENTS / 3:  # noqa: ASYNC110 (each step sets it)
+            await asyncio.sleep(0.002)
+
+
+async def until_all_are_routed(cluster: MiniCluster) -> None:
+    """Wait until each client's first request has its workers."""
+    async with asyncio.timeout(DEADLINE_S):
+        while cluster.router.stats().routed_prompts < NUM_CLIENTS:  # noqa: ASYNC110 (a counter)
             await asyncio.sleep(0.002)
 
 
@@ -213,13 +225,14 @@ def test_what_the_only_decode_worker_has_ends_there_before_it_leaves(tiny_llama,
     async def scenario(cluster: MiniCluster) -> None:
         worker = cluster.workers.pop("decode-0")
         async with load_on(cluster.generate, expected, resumable=False) as load:
-            await until_it_generates(worker)
             load.goes_on = False
+            await until_all_are_routed(cluster)
+            await until_it_generates(worker)
             if what == "front":
                 assert (await worker.front.leave(30.0, 0.0))["finished"]
             else:
                 assert await asyncio.to_thread(worker.host.drain, 30.0)
-        assert load.num_served >= NUM_CLIENTS
+        assert load.num_served == NUM_CLIENTS
         assert cluster.router.stats().moved == 0
         pool = worker.host.engine.pool
         assert pool.num_free == pool.num_blocks
