@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.transfer_rig import Remote
+from cluster.loop_thread import new_event_loop
 
 PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 
@@ -75,7 +76,8 @@ def _serve(make: Callable[..., Any], args: tuple[Any, ...], cores: tuple[int, ..
     """What a process does, until its pipe says None or is closed."""
     if cores:
         os.sched_setaffinity(0, cores)
-    asyncio.run(_answer(make(*args), calls))
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(_answer(make(*args), calls))
 
 
 async def _answer(side: Any, calls: Connection) -> None:
@@ -92,6 +94,7 @@ async def _answer(side: Any, calls: Connection) -> None:
         waiting.put_nowait(call)
 
     loop.add_reader(calls.fileno(), hear)
+    os.set_blocking(calls.fileno(), True)  # which uvloop ends: an answer may be larger than what the pipe holds
     while (call := await waiting.get()) is not None:
         method, args = call
         try:

@@ -7,6 +7,7 @@ worker. How steps follow each other is set by a `Pace`.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -254,6 +255,7 @@ class WorkersSide:
     async def start(self) -> dict[str, str]:
         """Have all listen; gives addresses by id."""
         asyncio.get_running_loop().add_reader(self._credits.fileno(), self._hear)
+        os.set_blocking(self._credits.fileno(), True)  # which uvloop ends: a message is read whole
         return {name: await Worker(name, role, self._peers, self._came).start() for name, role in self._roles.items()}
 
     async def set_pace(self, pace: Pace) -> None:

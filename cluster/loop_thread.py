@@ -1,4 +1,9 @@
-"""An asyncio loop on a thread of its own, for actors whose methods are called from other threads."""
+"""An asyncio loop on a thread of its own, for actors whose methods are called from other threads.
+
+The loop is uvloop's where that is installed: what a router and a front do is mostly turns of the loop, one or two for
+each message that gRPC has written, and each costs it about half as much. Its clock, `loop.time()`, counts whole
+milliseconds and stands still during a turn: what is shown or added up is timed by `time.monotonic()`.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +12,24 @@ import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+try:
+    import uvloop
+except ImportError:
+    uvloop = None  # type: ignore[assignment]
+
 T = TypeVar("T")
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """A loop for a process whose work is gRPC's messages."""
+    return uvloop.new_event_loop() if uvloop is not None else asyncio.new_event_loop()
 
 
 class LoopThread:
     """Runs coroutines for whoever calls `run`."""
 
     def __init__(self, name: str) -> None:
-        self.loop = asyncio.new_event_loop()
+        self.loop = new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, name=name, daemon=True)
         self._thread.start()
 
