@@ -28,7 +28,8 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.log: BlockLog | None = None
         """Hears which contents can be found, and which no longer."""
-        self._prefix_caching = prefix_caching
+        self.prefix_caching = prefix_caching
+        """Whether anything is ever found."""
         self._references = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
@@ -79,7 +80,7 @@ class BlockPool:
 
     def publish(self, block: int, content: bytes) -> None:
         """Make a held, completely written block findable; the first block with a content wins."""
-        if not self._prefix_caching or content in self._block_of or self._hash_of[block] is not None:
+        if not self.prefix_caching or content in self._block_of or self._hash_of[block] is not None:
             return
         self._hash_of[block] = content
         self._block_of[content] = block

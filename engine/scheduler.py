@@ -6,7 +6,8 @@
 Every sequence is the same chase of `num_computed_tokens` after `num_tokens`; whoever is one token
 behind is decoding, whoever is further behind is catching up, in chunks that fit the step's budget.
 Sequences that decode, and those whose KV was received and that are about to, come first, so that a long
-prompt never holds them up for more than one chunk; how long a chunk may be is `step_budget`'s affair.
+prompt never holds them up for more than one chunk; how long a chunk may be is `step_budget`'s affair. A prompt that
+lacks just what is being computed for another one begins a step later, and finds it.
 
 Progress: a sequence is admitted only when all its known tokens have blocks, `max_model_len` fits
 the whole pool, and a sequence takes blocks only from those behind it in order (running, or waiting
@@ -35,6 +36,8 @@ from engine.step_budget import StepLimits, StepShares
 
 MAX_PREEMPTIONS = 3
 """After this many a sequence is protected."""
+MAX_PUT_OFF = 16
+"""Most sequences of a step that are looked at and wait for what others compute; those after them compute it too."""
 
 Emitted = tuple[Sequence, TokenOutput]
 
@@ -201,14 +204,38 @@ class Scheduler:
 
     def _share_with_new(self, waiting: Iterable[Sequence], shares: StepShares) -> None:
         """Let sequences begin to run, in order, as far as there is room in the step and among blocks and places."""
+        num_put_off = 0
         for sequence in waiting:
             if shares.is_full or len(self._running) >= self._max_running:
                 break
             if not shares.room_for(sequence):
                 continue  # prompts have had their part of this step, but what was received may join
+            if num_put_off < MAX_PUT_OFF and self._is_being_computed(sequence, shares):
+                num_put_off += 1
+                continue
             if self._awaits_its_last(sequence) or not self._admit(sequence):
                 break
             shares.add(sequence, shares.room_for(sequence))
+
+    def _is_being_computed(self, sequence: Sequence, shares: StepShares) -> bool:
+        """Whether the first block that it lacks is computed by this step, or one under way, for another sequence.
+
+        It can be found as soon as that is done: many prompts that begin alike and come at once compute that once.
+        """
+        if sequence.block_ids or not self.pool.prefix_caching:
+            return False
+        self._extend_hashes(sequence)
+        usable = (sequence.num_tokens - 1) // self.block_size
+        index = len(self.pool.find(sequence.block_hashes[:usable]))
+        if index == usable:
+            return False
+        wanted, end = sequence.block_hashes[index], (index + 1) * self.block_size
+        return any(
+            other.num_hashed_blocks <= index < len(other.block_hashes)
+            and other.block_hashes[index] == wanted
+            and end <= shares.end_of(other)
+            for other in self._running
+        )
 
     def _make_way(self) -> bool:
         """Preempt the last that holds blocks where those that run wait for each other's; False if that is not so.

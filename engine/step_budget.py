@@ -69,6 +69,11 @@ class StepShares:
             self._num_generating -= sequence.num_missing_tokens == 1
             self._num_tokens -= share.num_tokens
 
+    def end_of(self, sequence: Sequence) -> int:
+        """How many of its tokens are computed once this step, and those under way, are done."""
+        share = self._shares.get(sequence)
+        return sequence.num_computed_tokens if share is None else share.stop
+
     def shares(self) -> list[ScheduledSequence]:
         """Everybody's, in the order given."""
         return list(self._shares.values())
