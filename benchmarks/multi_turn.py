@@ -5,7 +5,7 @@ has some people talk to it: each says something, reads the answer, and goes on w
 with the same words. What was computed is told by the workers' own counters.
 
     python -m benchmarks.multi_turn
-    python -m benchmarks.multi_turn --model DIRECTORY --talks 8 --turns 6 --said 64 --json
+    python -m benchmarks.multi_turn --model DIRECTORY --policies kv_aware,round_robin --turns 6 --said 64 --json
 """
 
 from __future__ import annotations
@@ -151,10 +151,10 @@ def table(figures: dict[str, Figures]) -> str:
 @click.option("--policies", default=",".join(POLICIES), help="Some of: " + "; ".join(POLICIES))
 @click.option("--talks", type=int, default=8, show_default=True)
 @click.option("--at-once", type=int, default=3, show_default=True, help="Answers awaited at the same time.")
-@click.option("--turns", type=int, default=5, show_default=True)
+@click.option("--turns", type=int, default=8, show_default=True)
 @click.option("--system", type=int, default=256, show_default=True, help="Tokens that all talks begin with.")
-@click.option("--said", type=int, default=48, show_default=True)
-@click.option("--answer", type=int, default=16, show_default=True)
+@click.option("--said", type=int, default=32, show_default=True)
+@click.option("--answer", type=int, default=64, show_default=True)
 @click.option("--pause-s", type=float, default=0.3, show_default=True, help="Mean time to read an answer.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of Markdown.")

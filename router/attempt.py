@@ -26,6 +26,7 @@ from router.errors import AttemptFailedError, HandedBackError, PreemptedError, R
 from router.inbox import Event, Inbox
 from router.info import WorkerLife
 from router.job import Chunk, Ending, Job
+from router.policies import Route
 from router.timeline import Moment
 from router.workers import WorkerLink
 
@@ -63,16 +64,16 @@ class Attempt:
         job: Job,
         decode: WorkerLink,
         prefill: WorkerLink | None,
-        reason: str,
+        route: Route,
         context: AttemptContext,
         number: int | None = None,
     ) -> None:
-        """`reason`: why these workers were chosen; `number`: of an attempt of another router, default: the next one."""
+        """`route`: why these workers were chosen; `number`: of an attempt of another router, default: the next one."""
         self.state = AttemptState.NEW
         self._job = job
         self._decode = decode
         self._prefill = prefill
-        self._reason = reason
+        self._route = route
         self._context = context
         self.number = job.attempts.begin() if number is None else number
         """Tells its outputs from those of another attempt."""
@@ -121,7 +122,7 @@ class Attempt:
         self._job.timeline.mark(Moment.RESERVED)
         self._job.decode_worker = self._decode.info.label
         self._job.prefill_worker = (self._prefill or self._decode).info.label
-        self._job.route = self._reason
+        self._job.route = self._route.reason
         if not self._resumed:
             self._job.num_cached = reply.cached_tokens
 
@@ -142,7 +143,7 @@ class Attempt:
         self._prefill_load.close()
         self._job.timeline.mark(Moment.RESERVED)
         self._job.prefill_worker = self._job.decode_worker = self._decode.info.label
-        self._job.route = self._reason
+        self._job.route = self._route.reason
         return True
 
     async def follow(self, emit: Emit) -> Ending:
@@ -183,7 +184,8 @@ class Attempt:
         if self._prefill is not None:
             self._prefill.register(self._inbox)
             self._sending.callback(self._prefill.unregister, self._inbox)
-        self._prefill_load.enter_context((self._prefill or self._decode).info.prefilling(self.num_tokens))
+        computes = (self._prefill or self._decode).info
+        self._prefill_load.enter_context(computes.prefilling(self._route.missing_tokens))
 
     def _abort(self, link: WorkerLink, reason: str, *, decode: bool) -> None:
         if link.info.connected:  # a worker that lost its stream aborts by itself

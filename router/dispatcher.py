@@ -178,7 +178,7 @@ class Dispatcher:
             },
         )
         prefill = self._fleet.link(route.prefill) if route.prefill is not None else None
-        return Attempt(job, self._fleet.link(route.decode), prefill, route.reason, context, number)
+        return Attempt(job, self._fleet.link(route.decode), prefill, route, context, number)
 
     async def _route(self, job: Job, full: frozenset[WorkerLife], since: float, *, insists: bool) -> Route | None:
         """A route; None if there are workers but all are full.

@@ -55,7 +55,7 @@ class WorkerInfo:
     num_decoding: int = 0
     """Requests this router has in this worker's decode craft."""
     prefill_tokens: int = 0
-    """Prompt tokens this router waits for in this worker's prefill craft."""
+    """Prompt tokens this router waits for in this worker's prefill craft, but for those that it held already."""
     credit: Credit = field(default_factory=Credit)
     """What this router may still ask it for."""
     _sized: worker_pb2.WorkerDescription | None = None

@@ -8,7 +8,10 @@ from pathlib import Path
 import grpc
 import pytest
 
+from engine.block_hash import each_block_hash
+from engine.block_log import key_of
 from protos import inference_pb2
+from protos.worker_pb2 import BlockEvents
 from tests.router.fake_worker import Behaviour, expected_answer
 from tests.router.harness import PROMPT, ask, cluster, eventually, run
 
@@ -90,5 +93,24 @@ def test_the_choice_is_explained_to_who_asks(model: Path) -> None:
             assert plain.finished is not None
             assert told.finished is not None
             assert (plain.finished.route, told.finished.route) == ("", "kv_aware: split")
+
+    run(scenario())
+
+
+def test_only_what_a_prefill_worker_must_compute_is_its_load(model: Path) -> None:
+    async def scenario() -> None:
+        async with cluster(model, behaviour=Behaviour(reserve_s=0.3)) as made:
+            fleet = made.app._fleet
+            (info,) = (each for each in fleet.workers() if each.worker_id == "p0")
+            ((root, size),) = fleet.roster.chains
+            prompt = [7 + index % 50 for index in range(4 * size + 3)]
+            keys = map(key_of, each_block_hash(prompt[: 3 * size], size, root))
+            assert fleet.prefixes.apply(info, BlockEvents(number=1, stored=keys, is_snapshot=True))
+            asking = asyncio.create_task(made.ask(ask("r1", num=5, prompt=prompt)))
+            await eventually(lambda: "r1" in made.workers["p0"].waiting)
+            assert info.prefill_tokens == size + 3 + 1, "and room for the first new one"
+            await asking
+            assert info.prefill_tokens == 0
+            await made.idle()
 
     run(scenario())
