@@ -313,10 +313,10 @@ class RouterActor:
         return {**self._names(), "pid": os.getpid()}
 
     def drain(self, timeout_s: float) -> dict[str, Any]:
-        """Take nothing new, wait for what runs, then stop listening."""
+        """Take nothing new and wait for what runs; whoever asks is refused until the process is ended."""
         app = self._running()
         self._loop.run(app.drain(timeout_s), timeout_s + STOP_S)
-        self._loop.run(app.stop(), STOP_S)
+        self._loop.run(app.stop(closes_port=False), STOP_S)
         return self._names()
 
     def status(self) -> dict[str, Any]:

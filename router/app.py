@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 STATUS_GRACE_S = 1.0
+LAST_WORDS_S = 0.3
+"""What is written last leaves the process within."""
 """How long interrupted streams may take to tell their clients."""
 
 
@@ -135,8 +137,13 @@ class RouterApp:
                 return not self._desk.running
         return True
 
-    async def stop(self) -> None:
-        """End everything: running requests get UNAVAILABLE, workers are told, the port is given back."""
+    async def stop(self, *, closes_port: bool = True) -> None:
+        """End everything: running requests get UNAVAILABLE, workers are told, the port is given back.
+
+        Where the process is about to end, let that close the port (`closes_port=False`; until then every call is
+        refused). A gRPC server that stops ends the calls of its last round trip with CANCELLED; what was sent to a
+        process that is gone ends with UNAVAILABLE, upon which clients ask another router.
+        """
         if self.state in (AppState.NEW, AppState.STOPPED):
             self.state = AppState.STOPPED
             return
@@ -147,7 +154,8 @@ class RouterApp:
             scope.interrupt(stopping)
         await self.drain(STATUS_GRACE_S)
         await self._background.cancel()
-        await self._server.stop(STATUS_GRACE_S)
+        if closes_port:
+            await self._server.stop(STATUS_GRACE_S)
         await self._runs.close()
         await self._dispatcher.aborts.settle(self._config.abort_timeout_s)
         await self._fleet.stop()
@@ -155,6 +163,8 @@ class RouterApp:
             await self._store.deregister_router(self._router_id)
         except StoreUnavailableError as error:
             logger.warning("the router's lease is left to run out: %s", error)
+        if not closes_port:
+            await asyncio.sleep(LAST_WORDS_S)
         self.state = AppState.STOPPED
 
     def stats(self) -> RouterStats:

@@ -188,6 +188,30 @@ def test_stop_tells_clients_and_workers(model: Path) -> None:
     run(scenario())
 
 
+@pytest.mark.parametrize("resumable", [False, True])
+def test_a_router_whose_process_is_about_to_end_refuses_until_then(model: Path, resumable: bool) -> None:
+    """A server that stops would end what comes in its last round trip with CANCELLED."""
+
+    async def scenario() -> None:
+        async with cluster(model, behaviour=Behaviour(step_s=0.01)) as made:
+            running = asyncio.create_task(made.refused(ask("r1", num=400)))
+            await eventually(lambda: made.workers["d0"].running)
+            await made.app.stop(closes_port=False)
+            assert (await running).code is grpc.StatusCode.UNAVAILABLE
+            request = ask("r2")
+            request.resumable = resumable
+            refusal = await made.refused(request)
+            assert (refusal.code, refusal.retry_after_s) == (grpc.StatusCode.UNAVAILABLE, 1.0)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                async for _ in made.stub.Resume(inference_pb2.ResumeRequest(request_id="r1")):
+                    pass
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert await health(made.channel) == "NOT_SERVING"
+            await made.app._server.stop(1.0)
+
+    run(scenario())
+
+
 def test_draining_worker_finishes_and_gets_nothing_new(model: Path) -> None:
     async def scenario() -> None:
         async with cluster(model, decode=2, policy="round_robin", behaviour=Behaviour(step_s=0.01)) as made:
