@@ -1,8 +1,8 @@
 """An asyncio loop on a thread of its own, for actors whose methods are called from other threads.
 
 The loop is uvloop's where that is installed: what a router and a front do is mostly turns of the loop, one or two for
-each message that gRPC has written, and each costs it about half as much. Its clock, `loop.time()`, counts whole
-milliseconds and stands still during a turn: what is shown or added up is timed by `time.monotonic()`.
+each message that gRPC has written (benchmarks/RESULTS.md has both loops' figures). Its clock, `loop.time()`, counts
+whole milliseconds: what is shown or added up is timed by `time.monotonic()`.
 """
 
 from __future__ import annotations

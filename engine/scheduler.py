@@ -224,6 +224,9 @@ class Scheduler:
         """
         if sequence.block_ids or not self.pool.prefix_caching:
             return False
+        others = [item for item in self._running if item.num_hashed_blocks < len(item.block_hashes)]
+        if not others:
+            return False
         self._extend_hashes(sequence)
         usable = (sequence.num_tokens - 1) // self.block_size
         index = len(self.pool.find(sequence.block_hashes[:usable]))
@@ -234,7 +237,7 @@ class Scheduler:
             other.num_hashed_blocks <= index < len(other.block_hashes)
             and other.block_hashes[index] == wanted
             and end <= shares.end_of(other)
-            for other in self._running
+            for other in others
         )
 
     def _make_way(self) -> bool:

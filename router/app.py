@@ -44,8 +44,6 @@ logger = logging.getLogger(__name__)
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 STATUS_GRACE_S = 1.0
-LAST_WORDS_S = 0.3
-"""What is written last leaves the process within."""
 """How long interrupted streams may take to tell their clients."""
 
 
@@ -164,7 +162,7 @@ class RouterApp:
         except StoreUnavailableError as error:
             logger.warning("the router's lease is left to run out: %s", error)
         if not closes_port:
-            await asyncio.sleep(LAST_WORDS_S)
+            await asyncio.sleep(STATUS_GRACE_S)
         self.state = AppState.STOPPED
 
     def stats(self) -> RouterStats:
