@@ -53,6 +53,7 @@ class Kernel:
     name: str
     start: float
     end: float
+    stream: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,11 +159,15 @@ def _largest_gap_us(gaps: list[Interval], marks: list[float]) -> float:
 def kernels_of(trace: dict[str, Any]) -> list[Kernel]:
     """The kernels in a Chrome trace, of all streams, in order of their start."""
     found = [
-        Kernel(event["name"], float(event["ts"]), float(event["ts"]) + float(event["dur"]))
+        Kernel(event["name"], float(event["ts"]), float(event["ts"]) + float(event["dur"]), _stream(event))
         for event in trace["traceEvents"]
         if event.get("cat") == "kernel" and event.get("ph") == "X"
     ]
     return sorted(found, key=lambda kernel: kernel.start)
+
+
+def _stream(event: dict[str, Any]) -> int:
+    return int(event.get("args", {}).get("stream", 0))
 
 
 class Tracer:

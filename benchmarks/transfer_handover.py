@@ -171,12 +171,12 @@ class Crafts:
         self._tracer = Tracer()
         self._side.on_loop(self._tracer.start)
 
-    def end_trace(self) -> list[tuple[str, float, float]]:
-        """Name, start and end in microseconds of all that ran since."""
+    def end_trace(self) -> list[tuple[str, float, float, int]]:
+        """Name, start and end in microseconds, and stream of all that ran since."""
         tracer, self._tracer = self._tracer, None
         assert tracer is not None, "begin_trace comes first"
         self._side.on_loop(tracer.stop)
-        return [(kernel.name, kernel.start, kernel.end) for kernel in tracer.kernels()]
+        return [(kernel.name, kernel.start, kernel.end, kernel.stream) for kernel in tracer.kernels()]
 
     # -- on the loop's thread
 

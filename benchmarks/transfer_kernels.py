@@ -1,13 +1,15 @@
 """Section `kernels`: where the time goes that a prompt loses while its KV is sent. GPUs alone.
 
 The sender computes the same number of prompts alone and with the transfer, under torch's profiler. A prompt's products,
-attention and so on come in the same order each time, so each can be compared with itself: what it takes longer is put
-down to what ran beside it (NCCL's send, the gather or the checksum of a piece, nothing), and what is left are gaps.
+attention and so on come in the same order each time, on the engine's stream, so each can be compared with itself: what
+it takes longer is put down to what ran beside it on other streams (NCCL's send, the gather or the checksum of a piece,
+nothing), and what is left are gaps.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +26,7 @@ REST_US = 50_000.0
 NUM_TOP = 8
 BESIDE = (("nccl", "send"), ("kv_pack", "gather"), ("checksum", "checksum"))
 """Part of a transfer kernel's name in lower case -> what it is called here."""
+OTHER = "other"
 COLUMNS = ("beside", "kernels", "lost, ms")
 
 
@@ -46,33 +49,41 @@ class Loss:
 
 
 def kind_of(name: str) -> str:
-    """What a transfer's kernel is called here; empty: it computes the prompt."""
+    """What a kernel of another stream than the engine's is called here."""
     lower = name.lower()
-    return next((kind for part, kind in BESIDE if part in lower), "")
+    return next((kind for part, kind in BESIDE if part in lower), OTHER)
+
+
+def engine_stream(kernels: Sequence[Kernel]) -> int | None:
+    """The stream of most kernels; None if there are none."""
+    counts = Counter(kernel.stream for kernel in kernels)
+    return max(counts, key=lambda stream: counts[stream], default=None)
 
 
 def prompts_of(kernels: Sequence[Kernel]) -> list[list[Kernel]]:
-    """The kernels of each prompt, which long pauses part; those without any that computes are none."""
+    """The kernels of each prompt, which long pauses part; those without any of the engine's are none."""
     prompts: list[list[Kernel]] = []
+    main = engine_stream(kernels)
     end = float("-inf")
     for kernel in sorted(kernels, key=lambda kernel: kernel.start):
         if kernel.start - end > REST_US:
             prompts.append([])
         prompts[-1].append(kernel)
         end = max(end, kernel.end)
-    return [each for each in prompts if any(not kind_of(kernel.name) for kernel in each)]
+    return [each for each in prompts if any(kernel.stream == main for kernel in each)]
 
 
 def compare(alone: list[list[Kernel]], split: list[list[Kernel]]) -> Loss:
     """ValueError where the prompts are not of the same kernels in the same order."""
-    computed = [[kernel for kernel in prompt if not kind_of(kernel.name)] for prompt in (*alone, *split)]
+    main = engine_stream([kernel for prompt in (*alone, *split) for kernel in prompt])
+    computed = [[kernel for kernel in prompt if kernel.stream == main] for prompt in (*alone, *split)]
     names = [[kernel.name for kernel in prompt] for prompt in computed]
     if not alone or not split or any(each != names[0] for each in names):
         raise ValueError(f"prompts of {', '.join(str(len(each)) for each in names)} kernels cannot be compared")
     usual = [statistics.median(runs) for runs in zip(*map(_lengths, computed[: len(alone)]), strict=True)]
     sums: list[dict[str, list[float]]] = []
     for prompt, kernels in zip(split, computed[len(alone) :], strict=True):
-        beside = [kernel for kernel in prompt if kind_of(kernel.name)]
+        beside = [kernel for kernel in prompt if kernel.stream != main]
         found: dict[str, list[float]] = {}
         for kernel, usual_us in zip(kernels, usual, strict=True):
             found.setdefault(_neighbour(kernel, beside), []).append(kernel.end - kernel.start - usual_us)

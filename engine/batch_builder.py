@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from engine.batch import Batch, OnLayer, ScheduledSequence, StepPlan, StepShape
+from engine.batch import Batch, LayerHook, ScheduledSequence, StepPlan, StepShape
 from engine.errors import IntegrityError
 from engine.sequence import PENDING, Sequence
 from engine.upload import upload_together
@@ -70,7 +70,7 @@ class BatchBuilder:
             shape=shape,
         )
 
-    def build(self, arrays: StepArrays, previous: torch.Tensor, on_layer: OnLayer | None = None) -> Batch:
+    def build(self, arrays: StepArrays, previous: torch.Tensor, hook: LayerHook | None = None) -> Batch:
         """The batch of a step; `previous` is what the step before chose."""
         padding = -len(arrays.token_ids) % self._row_multiple
         samples = arrays.sample_indices
@@ -94,7 +94,7 @@ class BatchBuilder:
             sample_indices=sample_indices,
             shape=arrays.shape,
             every_row_samples=len(samples) == len(arrays.token_ids),
-            on_layer=on_layer,
+            hook=hook,
         )
 
     def _check(self, share: ScheduledSequence) -> None:

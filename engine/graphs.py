@@ -20,7 +20,7 @@ import torch
 
 from engine.attention.paged import PagedAttention, PagedPlan
 from engine.attention.prompts import FlashPlan, FlashPrompts, flash_arrays
-from engine.batch import Batch, OnLayer, StepShape
+from engine.batch import Batch, LayerHook, StepShape
 from engine.batch_builder import StepArrays
 from engine.kernels.attention import SPLIT_FIELDS, Splits
 from engine.kv_cache import KVCache
@@ -76,25 +76,28 @@ class RecordedStep:
         self._num_layers = num_layers
         self._forward: Forward
 
-    def record(self, compute: Callable[[OnLayer | None], Forward], pool: Any) -> None:
+    def record(self, compute: Callable[[LayerHook | None], Forward], pool: Any) -> None:
         """Record what `compute` enqueues, which has run once before."""
-        on_layer = (lambda layer, _: self._events[layer].record()) if self._events else None
+        hook = LayerHook(lambda layer, _: self._events[layer].record()) if self._events else None
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self._forward = compute(on_layer)
+            self._forward = compute(hook)
 
-    def replay(self, segments: Segments, on_layer: OnLayer | None) -> Forward:
+    def replay(self, segments: Segments, hook: LayerHook | None) -> Forward:
         """Enqueue the step with these inputs; what it gives is overwritten by the next replay of any recording."""
         self._inputs.fill(segments)
         self._graph.replay()
-        if on_layer is not None:
-            self._tell(on_layer)
+        if hook is not None:
+            self._tell(hook)
         return self._forward
 
-    def _tell(self, on_layer: OnLayer) -> None:
-        """Hand out an event a layer that stays what it is: the recorded ones mean the latest replay."""
+    def _tell(self, hook: LayerHook) -> None:
+        """Hand out events that stay what they are: the recorded ones mean the latest replay."""
         done = None if self._events else mark(self._inputs.device)
         relay = self._inputs.relay
         for layer in range(self._num_layers):
+            on_layer = hook.listener(layer)
+            if on_layer is None:
+                continue
             event = done
             if self._events:
                 relay.wait_event(self._events[layer])
@@ -137,17 +140,17 @@ class StepGraphs:
             recorded[rows] = make(rows)
             on_progress(done + 1, len(todo))
 
-    def replay(self, arrays: StepArrays, on_layer: OnLayer | None) -> Forward | None:
+    def replay(self, arrays: StepArrays, hook: LayerHook | None) -> Forward | None:
         """Enqueue the step by a recording that fits it; None if there is none."""
         shape = arrays.shape
         if shape.num_decode == shape.num_seqs:
             rows = next((rows for rows in sorted(self._decode) if rows >= shape.num_seqs), None)
             if rows is not None and len(arrays.sample_indices) == shape.num_seqs:
-                return self._decode[rows].replay(self._decode_segments(arrays, rows), on_layer)
+                return self._decode[rows].replay(self._decode_segments(arrays, rows), hook)
         elif shape.num_seqs <= MAX_PROMPTS and int(np.diff(shape.block_starts).max()) <= self._max_pages:
             rows = next((rows for rows in sorted(self._prompts) if rows >= shape.num_tokens), None)
             if rows is not None:
-                return self._prompts[rows].replay(self._prompt_segments(arrays, rows), on_layer)
+                return self._prompts[rows].replay(self._prompt_segments(arrays, rows), hook)
         return None
 
     # ---- decode: token_ids, sources, positions, slot_ids, split starts, split table, block_ids ----
@@ -203,8 +206,8 @@ class StepGraphs:
     # ---- both ----
 
     def _make(self, batch: Batch, *, with_events: bool) -> RecordedStep:
-        def compute(on_layer: OnLayer | None) -> Forward:
-            batch.on_layer = on_layer
+        def compute(hook: LayerHook | None) -> Forward:
+            batch.hook = hook
             forward = self._decoder.forward(batch, self._cache, self._attention)
             assert forward.logits is not None
             choose_greedy(forward.logits, self._choices[: forward.logits.shape[0]])

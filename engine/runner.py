@@ -123,14 +123,13 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, hook: LayerHook | None = None) -> LaunchedStep:
-        """Begin to compute a step; the hook's `on_layer` hears of each layer's KV, in order, once it is enqueued."""
-        on_layer = hook.on_layer if hook is not None else None
+        """Begin to compute a step; the hook's `on_layer` hears of its layers' KV, in order, once it is enqueued."""
         arrays = self._builder.arrays(plan, self._rows_of)
         sampling = [share for share in plan.shares if share.samples]
         choices = self._choices[: len(sampling)]
-        forward = self._graphs.replay(arrays, on_layer) if self._graphs is not None else None
+        forward = self._graphs.replay(arrays, hook) if self._graphs is not None else None
         if forward is None:
-            batch = self._builder.build(arrays, self._choices, on_layer)
+            batch = self._builder.build(arrays, self._choices, hook)
             self._attention.plan(batch)
             forward = self._decoder.forward(batch, self.kv_cache, self._attention)
             if forward.logits is not None:

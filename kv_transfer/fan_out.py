@@ -22,6 +22,9 @@ OnSettled = Callable[[SendResult], None]
 class Outlet(Protocol):
     """Where a prompt's KV goes as it is computed: a `SendJob`, or several."""
 
+    def layers_at_once(self, num_tokens: int) -> int:
+        """How many layers of so many tokens are best pushed together: at least 1."""
+
     def push(self, first_layer: int, num_layers: int, first_token: int, slot_ids: SlotIds, after: Any = None) -> None:
         """Send this KV once the event `after` has come."""
 
@@ -55,6 +58,10 @@ class FanOut:
             raise
         if self._failure is not None:  # a part had ended before the others were there
             self.abort(f"another part ended {self._failure.state.value}: {self._failure.reason}")
+
+    def layers_at_once(self, num_tokens: int) -> int:
+        """As the part says whose pieces hold the fewest."""
+        return min(job.layers_at_once(num_tokens) for job in self._jobs)
 
     def push(self, first_layer: int, num_layers: int, first_token: int, slot_ids: SlotIds, after: Any = None) -> None:
         """Push to every part."""

@@ -350,6 +350,10 @@ class _GroupOutlet:
         if self.local is not None:
             self.local.abort(reason)
 
+    def layers_at_once(self, num_tokens: int) -> int:
+        """As this rank's own part says."""
+        return self._own.layers_at_once(num_tokens)
+
     def must_pause(self, on_room: Callable[[], None]) -> bool:
         """Whether rank 0's pairs are behind; the others' are about as fast."""
         return self._own.must_pause(on_room)

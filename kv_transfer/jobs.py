@@ -110,9 +110,17 @@ class SendJob:
     """One pair's part of a ticket at its sender. `push`, `finish` and `abort` never block."""
 
     def __init__(
-        self, ticket: KVTicket, on_settled: Callable[[SendResult], None], janitor: Janitor, max_places: int
+        self,
+        ticket: KVTicket,
+        on_settled: Callable[[SendResult], None],
+        janitor: Janitor,
+        max_places: int,
+        *,
+        by_piece: bool = False,
     ) -> None:
+        """A piece has at most max_places (layer, token) places; by_piece: better push whole ones than single layers."""
         self.ticket = ticket
+        self._by_piece = by_piece
         self._on_settled = on_settled
         self._janitor = janitor
         self._max_places = max_places
@@ -135,6 +143,10 @@ class SendJob:
         self._pair = pair
 
     # -- for the engine
+
+    def layers_at_once(self, num_tokens: int) -> int:
+        """How many layers of so many tokens are best pushed together: a piece of them, or one if none need wait."""
+        return max(1, self._max_places // num_tokens) if self._by_piece else 1
 
     def push(self, first_layer: int, num_layers: int, first_token: int, slot_ids: SlotIds, after: Any = None) -> None:
         """Send the KV of tokens [first_token, first_token + len(slot_ids)) of these layers, which lies at slot_ids.

@@ -169,7 +169,9 @@ class TransferNode:
         """The part of a ticket that goes to one rank."""
         context = self._context
         place_bytes = len(receiver.heads_from(context.layout).heads) * context.layout.bytes_per_head
-        job = SendJob(ticket, on_settled, self._janitor, max(1, context.piece_bytes // place_bytes))
+        max_places = max(1, context.piece_bytes // place_bytes)
+        by_piece = context.memory.device.type == "cuda"  # there each event that a push waits for delays what computes
+        job = SendJob(ticket, on_settled, self._janitor, max_places, by_piece=by_piece)
         with self._lock:
             if self._stopped:
                 raise PairError(f"worker {context.identity} has stopped: nothing can be sent")

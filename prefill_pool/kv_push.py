@@ -48,7 +48,7 @@ class KVPush:
             return None
         first, self._next_token = self._next_token, end
         self._tell(note, first, end, is_there=False)
-        return StepPush(self._outlet, first, self._slots(first, end))
+        return StepPush(self._outlet, self._num_layers, first, self._slots(first, end))
 
     def must_pause(self, on_room: Callable[[], None]) -> bool:
         """Whether the receiver is so far behind that no more should be computed for it until `on_room` is called."""
@@ -82,13 +82,19 @@ class KVPush:
 
 
 class StepPush:
-    """The tokens of one sequence that one step adds to its push."""
+    """The tokens of one sequence that one step adds to its push: some layers at a time, as the outlet likes best."""
 
-    def __init__(self, outlet: Outlet, first_token: int, slot_ids: SlotIds) -> None:
+    def __init__(self, outlet: Outlet, num_layers: int, first_token: int, slot_ids: SlotIds) -> None:
         self._outlet = outlet
         self._first_token = first_token
         self._slot_ids = slot_ids
+        self._next_layer = 0
+        at_once = outlet.layers_at_once(len(slot_ids))
+        self.layers = frozenset([*range(at_once - 1, num_layers, at_once), num_layers - 1])
+        """Those behind which something is pushed."""
 
     def layer_written(self, layer: int, event: Any) -> None:
-        """This layer's KV of the step is in the cache once the event has come."""
-        self._outlet.push(layer, 1, self._first_token, self._slot_ids, event)
+        """The step's KV of all layers up to this one is in the cache once the event has come."""
+        if layer in self.layers:
+            first, self._next_layer = self._next_layer, layer + 1
+            self._outlet.push(first, self._next_layer - first, self._first_token, self._slot_ids, event)

@@ -214,7 +214,8 @@ class PrefillWorker:
             for push in pushes:
                 push.layer_written(layer, event)
 
-        return LayerHook(on_layer if pushes else None, note_bytes)
+        layers = frozenset[int]().union(*(push.layers for push in pushes))
+        return LayerHook(on_layer if pushes else None, note_bytes, layers)
 
     def must_pause(self, sequence: Sequence) -> bool:
         """Whether a prompt's receiver is too far behind for more of it to be computed now."""

@@ -103,8 +103,9 @@ class Layer:
         heads = heads.view(x.shape[0], num_heads + 2 * num_kv_heads, self._head_dim)
         q_norm, k_norm = self._norms.get("q_norm"), self._norms.get("k_norm")
         q = step.positions.place(heads, step.kv_cache.layer(self._index), q_norm, k_norm)
-        if batch.on_layer is not None:
-            batch.on_layer(self._index, mark(x.device))
+        listener = batch.hook.listener(self._index) if batch.hook is not None else None
+        if listener is not None:
+            listener(self._index, mark(x.device))
         return step.attention.forward(q, self._index, batch)
 
 

@@ -22,8 +22,8 @@ def test_each_kernel_is_compared_with_itself_and_its_loss_put_down_to_its_neighb
     alone = [prompt(0, 10, 20, 10, 20), prompt(1e6, 10, 20, 10, 20), prompt(2e6, 10, 22, 10, 20)]
     split = [prompt(0, 10, 25, 11, 20, gap=2.0), prompt(1e6, 10, 25, 11, 20, gap=2.0)]
     for each, at in zip(split, (0, 1e6), strict=True):
-        each.append(Kernel("ncclDevKernel_SendRecv", at + 15, at + 20))  # beside the second
-        each.append(Kernel("kv_pack_kernel", at + 38, at + 45))  # beside the second's end and the third
+        each.append(Kernel("ncclDevKernel_SendRecv", at + 15, at + 20, 16))  # beside the second
+        each.append(Kernel("kv_pack_kernel", at + 38, at + 45, 14))  # beside the second's end and the third
     loss = compare(alone, split)
     assert loss.by_neighbour == {"gather": (1, 1.0), "nothing": (2, 0.0), "send": (1, 5.0)}
     assert (loss.alone_us, loss.split_us) == (63.0, 72.0)
@@ -33,7 +33,7 @@ def test_each_kernel_is_compared_with_itself_and_its_loss_put_down_to_its_neighb
 
 
 def test_long_pauses_part_prompts():
-    kernels = prompt(0, 10, 20) + prompt(200_000, 10, 20) + [Kernel("ncclDevKernel", 400_000, 400_010)]
+    kernels = prompt(0, 10, 20) + prompt(200_000, 10, 20) + [Kernel("ncclDevKernel", 400_000, 400_010, 16)]
     assert [len(each) for each in prompts_of(kernels)] == [2, 2]
 
 

@@ -116,10 +116,15 @@ def alone(tiny_llama):
         yield lambda prompt, **params: list(tokens_of(engine.generate([make_request("x", prompt, **params)])[0]))
 
 
-async def ask(stub: inference_pb2_grpc.InferenceStub, request: pb.GenerateRequest) -> Answer:
+async def ask(
+    stub: inference_pb2_grpc.InferenceStub, request: pb.GenerateRequest, begun: asyncio.Event | None = None
+) -> Answer:
+    """The whole answer; `begun` is set with its first token."""
     answer = Answer()
     async for event in stub.Generate(request, timeout=120):
         answer.take(event)
+        if begun is not None and answer.token_ids:
+            begun.set()
     return answer
 
 
@@ -239,17 +244,24 @@ def test_a_killed_prefill_process_fails_nobody_and_comes_back(cluster, alone, lo
     cluster.until(lambda members: members[worker]["state"] == "ready" and members[worker]["epoch"] > before)
 
 
-@pytest.mark.parametrize("log_names", [["front"], ["engine0"], ["front", "engine0"]])
-def test_sigterm_drains_a_worker_and_what_it_generates_goes_on_elsewhere(cluster, alone, log_names):
-    """As a pod that is stopped gets it, all its processes at once; nobody has failed, not even for the router."""
-    prompts = [prompt_of(25, seed=seed) for seed in range(40, 46)]
+@pytest.mark.parametrize(
+    ("log_names", "first_seed"), [(["front"], 40), (["engine0"], 50), (["front", "engine0"], 60)], ids=str
+)
+def test_sigterm_drains_a_worker_and_what_it_generates_goes_on_elsewhere(cluster, alone, log_names, first_seed):
+    """As a pod that is stopped gets it, all its processes at once; nobody has failed, not even for the router.
+
+    Each time with prompts that no worker has seen, so that both decode workers get some.
+    """
+    prompts = [prompt_of(25, seed=seed) for seed in range(first_seed, first_seed + 6)]
     before = cluster.until(lambda members: all(item["state"] == "ready" for item in members.values()))
     processes = [cluster.process(f"decode-1-{name}.log") for name in log_names]
 
     async def scenario(stub) -> None:
         await until_it_is_chosen(stub, "decode-1")
-        asked = [asyncio.create_task(ask(stub, request_of(prompt, max_tokens=650))) for prompt in prompts]
-        await asyncio.sleep(0.2)
+        begun = [asyncio.Event() for _ in prompts]
+        requests = [request_of(prompt, max_tokens=650) for prompt in prompts]
+        asked = [asyncio.create_task(ask(stub, *each)) for each in zip(requests, begun, strict=True)]
+        await asyncio.gather(*(event.wait() for event in begun))
         for process in processes:
             process.send_signal(signal.SIGTERM)
         for prompt, answer in zip(prompts, await asyncio.gather(*asked), strict=True):

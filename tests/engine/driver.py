@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from engine.api import GenerateRequest, SamplingParams
-from engine.batch import OnLayer, ScheduledSequence, StepPlan
+from engine.batch import LayerHook, ScheduledSequence, StepPlan
 from engine.config import CacheOptions, EngineOptions, ModelOptions
 from engine.parallel import TensorParallel
 from engine.runner import ModelRunner
@@ -53,12 +53,12 @@ class Driver:
             sequence.block_ids.append(self._deck.pop())
         return sequence
 
-    def step(self, sequences: Seq[Sequence], chunk: int = 512, on_layer: OnLayer | None = None) -> None:
+    def step(self, sequences: Seq[Sequence], chunk: int = 512, hook: LayerHook | None = None) -> None:
         """One step in which every sequence advances by up to `chunk` tokens."""
         shares = tuple(
             ScheduledSequence.next_of(sequence, min(chunk, sequence.num_missing_tokens)) for sequence in sequences
         )
-        result = self.runner.run(StepPlan(shares), on_layer)
+        result = self.runner.launch(StepPlan(shares), hook).result()
         assert [sampled is not None for sampled in result.sampled] == [share.samples for share in shares]
         for share, sampled in zip(shares, result.sampled, strict=True):
             sequence = share.sequence

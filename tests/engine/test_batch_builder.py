@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.api import GenerateRequest, SamplingParams
-from engine.batch import ScheduledSequence, StepPlan
+from engine.batch import LayerHook, ScheduledSequence, StepPlan
 from engine.batch_builder import BatchBuilder
 from engine.errors import IntegrityError
 from engine.sequence import PENDING, Sequence
@@ -34,7 +34,7 @@ def test_shares_follow_each_other_and_padding_comes_last() -> None:
             make_share(9, [1, 7], start=8, count=1),
         )
     )
-    batch = builder.build(builder.arrays(plan, {}), PREVIOUS, lambda layer, event: told.append(layer))
+    batch = builder.build(builder.arrays(plan, {}), PREVIOUS, LayerHook(lambda layer, event: told.append(layer)))
     assert batch.token_ids.tolist() == [106, 107, 108, 109, 108, 0, 0, 0]
     assert batch.positions.tolist() == [6, 7, 8, 9, 8, 0, 0, 0]
     assert batch.sources.tolist() == [-1] * 8
@@ -45,8 +45,10 @@ def test_shares_follow_each_other_and_padding_comes_last() -> None:
     assert batch.shape.blocks_of(1).tolist() == [1, 7]
     assert (batch.shape.num_seqs, batch.shape.num_tokens, batch.shape.num_decode) == (2, 5, 0)
     assert batch.sample_indices.tolist() == [4, 4, 4, 4]
-    assert batch.on_layer is not None
-    batch.on_layer(3, None)
+    assert batch.hook is not None
+    listener = batch.hook.listener(3)
+    assert listener is not None
+    listener(3, None)
     assert told == [3]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.batch import ScheduledSequence, StepPlan
+from engine.batch import LayerHook, ScheduledSequence, StepPlan
 from engine.config import CacheOptions, EngineOptions, ModelOptions
 from engine.errors import EngineError, IntegrityError
 from engine.runner import ModelRunner, choose_device
@@ -107,11 +107,19 @@ def test_each_layer_is_told_once_its_kv_is_there(runner: ModelRunner) -> None:
         transfer.submit(cache.gather, layer, 1, places, heads, seen[-1]).result(10.0)
 
     with ThreadPoolExecutor(1) as transfer:
-        driver.step([sequence], on_layer=on_layer)
+        driver.step([sequence], hook=LayerHook(on_layer))
     after = torch.empty(cache.num_layers, 2, 40, cache.num_kv_heads, cache.head_dim)
     cache.gather(0, cache.num_layers, places, heads, after)
     assert torch.equal(torch.cat(seen), after)
     assert after.abs().amin(dim=(0, 1, 3, 4)).gt(0).all()
+
+
+def test_only_the_layers_that_a_hook_names_are_told(runner: ModelRunner) -> None:
+    driver, told = Driver(runner), []
+    layers = range(1, runner.config.num_layers, 2)
+    hook = LayerHook(lambda layer, _: told.append(layer), layers=layers)
+    driver.step([driver.add(random_prompt(40, VOCAB_SIZE))], hook=hook)
+    assert told == list(layers)
 
 
 def test_another_runner_goes_on_with_transferred_kv(tiny_llama: Path) -> None:

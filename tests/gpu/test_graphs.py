@@ -12,6 +12,7 @@ import torch
 
 from engine.api import GenerateRequest, TokenOutput
 from engine.attention.prompts import can_flash
+from engine.batch import LayerHook
 from engine.config import CacheOptions, EngineOptions, ModelOptions
 from engine.engine import Engine, tokens_of
 from engine.graphs import RecordedStep
@@ -92,8 +93,9 @@ def check_alike(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("graphs", [True, False], ids=["recorded", "launched"])
-def test_each_layer_is_told_and_its_kv_is_there_after_its_event(
-    tiny_llama: Path, replays: Counter[str], graphs: bool, dtype: str
+@pytest.mark.parametrize("layers", [None, range(1, 3)], ids=["all layers", "the last two"])
+def test_layers_are_told_and_their_kv_is_there_after_their_events(
+    tiny_llama: Path, replays: Counter[str], layers: range | None, graphs: bool, dtype: str
 ) -> None:
     """More than once, for a recording's events come again; for prompts and for single tokens."""
     runner = make_gpu_runner(tiny_llama, dtype, max_running=4, max_step_tokens=128, cuda_graphs=graphs)
@@ -102,32 +104,37 @@ def test_each_layer_is_told_and_its_kv_is_there_after_its_event(
     driver = Driver(runner)
     for length in (40, 33, 100):
         sequence = driver.add(random_prompt(length, VOCAB_SIZE), max_tokens=4)
-        check_step(driver, sequence, range(length))
-        check_step(driver, sequence, range(length, length + 1))
+        check_step(driver, sequence, range(length), layers)
+        check_step(driver, sequence, range(length, length + 1), layers)
     flash = can_flash(runner.kv_cache)
     assert dict(replays) == ({"decode": 3} | ({"prompts": 3} if flash else {}) if graphs else {})
 
 
-def check_step(driver: Driver, sequence: Sequence, places: range) -> None:
-    """One step, delayed, that writes the KV of these tokens; what lies there after each event is read beside it."""
+def check_step(driver: Driver, sequence: Sequence, places: range, layers: range | None) -> None:
+    """One step, delayed, that writes the KV of these tokens; what lies there after each event is read beside it.
+
+    After a layer's event that of all layers up to it is there, also of those nobody was told of.
+    """
     cache, side = driver.runner.kv_cache, torch.cuda.Stream()
     slots = [sequence.block_ids[place // 16] * 16 + place % 16 for place in places]
     index = torch.tensor(slots, device=DEVICE)
     cache.data.index_fill_(3, index, 0.0)
     torch.cuda.synchronize()
+    told: list[int] = []
     seen: list[torch.Tensor] = []
 
     def on_layer(layer: int, event: Any) -> None:
-        assert layer == len(seen)
+        told.append(layer)
         assert isinstance(event, torch.cuda.Event)
         side.wait_event(event)
         with torch.cuda.stream(side):
-            seen.append(cache.layer(layer).index_select(2, index))
+            seen.extend(cache.layer(each).index_select(2, index) for each in range(len(seen), layer + 1))
 
     torch.cuda._sleep(DELAY_CYCLES)
-    driver.step([sequence], on_layer=on_layer)
+    driver.step([sequence], hook=LayerHook(on_layer, layers=layers))
     torch.cuda.synchronize()
-    assert len(seen) == cache.num_layers
+    assert told == list(layers or range(cache.num_layers))
+    assert len(seen) == told[-1] + 1
     for layer, found in enumerate(seen):
         assert torch.equal(found, cache.layer(layer).index_select(2, index))
         assert bool(found.abs().amax(dim=-1).gt(0).all())

@@ -20,7 +20,11 @@ class Part:
 
     on_settled: OnSettled
     backlog: bool = False
+    at_once: int = 4
     calls: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def layers_at_once(self, num_tokens: int) -> int:
+        return self.at_once
 
     def push(self, *where: Any) -> None:
         self.calls.append(("push", *where))
@@ -49,6 +53,13 @@ class Three:
 
     def fan_out(self) -> FanOut:
         return FanOut(TICKET, [self.open] * 3, self.results.append)
+
+
+def test_the_part_of_the_smallest_pieces_says_how_many_layers_go_at_once() -> None:
+    three = Three()
+    outlet = three.fan_out()
+    three.parts[1].at_once = 3
+    assert outlet.layers_at_once(100) == 3
 
 
 def test_everything_goes_to_every_part_and_the_first_token_to_one() -> None:

@@ -42,6 +42,13 @@ def plain(pieces: list[Piece]) -> list[tuple[int, int, int, list[int]]]:
     return [(piece.first_layer, piece.num_layers, piece.first_token, piece.slot_ids.tolist()) for piece in pieces]
 
 
+def test_layers_go_one_by_one_unless_whole_pieces_are_better(janitor: Janitor) -> None:
+    results: SimpleQueue[SendResult] = SimpleQueue()
+    job = SendJob(TICKET, results.put, janitor, 100, by_piece=True)
+    assert [job.layers_at_once(num_tokens) for num_tokens in (1, 30, 50, 100, 101)] == [100, 3, 2, 1, 1]
+    assert new_job(janitor, 100)[0].layers_at_once(10) == 1
+
+
 def test_layers_of_a_chunk_are_joined(janitor: Janitor) -> None:
     job, _ = new_job(janitor)
     slot_ids = np.arange(100, 116)
