@@ -83,14 +83,18 @@ class LocalShare:
 def why_local(
     decoders: Sequence[WorkerInfo], prefiller: WorkerInfo, reckon: Reckoning, config: LocalPrefillConfig
 ) -> LocalChoice | None:
-    """The decode worker that should compute the prompt itself, and why; None: the prefill worker does."""
+    """The decode worker that should compute the prompt itself, and why; None: the prefill worker does.
+
+    Where the prompt is short for several, the one that holds most of it is not to get all of its kind: load counts too.
+    """
     free = [info for info in decoders if reckon.load(info) < config.max_load]
     if not free:
         return None
+    if short := [info for info in free if reckon.missing(info) <= config.short_tokens]:
+        best = min(short, key=reckon.both_s)
+        return LocalChoice(best, f"{reckon.missing(best)} tokens are missing there")
     best = min(free, key=reckon.local_s)
     missing, wait_s = reckon.missing(best), reckon.wait_s(prefiller)
-    if missing <= config.short_tokens:
-        return LocalChoice(best, f"{missing} tokens are missing there")
     if reckon.local_s(best) >= reckon.split_s(prefiller):
         return None
     if missing < reckon.missing(prefiller):

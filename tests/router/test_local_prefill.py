@@ -77,6 +77,19 @@ def test_a_prompt_of_which_little_is_missing_is_computed_where_it_is_decoded() -
     assert route(*workers, num_tokens=96, prefix=held(d0=8)(workers)).prefill is not None
 
 
+@pytest.mark.parametrize(("running", "chosen"), [(0, "d0"), (3, "d1")])
+def test_short_prompts_that_one_worker_holds_do_not_all_go_there(running: int, chosen: str) -> None:
+    workers = [prefiller(0), decoder("d0", num_running=running), decoder("d1")]
+    made = route(*workers, num_tokens=10, prefix=held(d0=1)(workers))
+    assert (made.prefill, made.decode.worker_id) == (None, chosen)
+
+
+def test_load_sends_no_prompt_from_the_worker_that_holds_it_to_one_that_lacks_more_than_a_short_one() -> None:
+    workers = [prefiller(0), decoder("d0", num_running=3), decoder("d1")]
+    made = route(*workers, num_tokens=96, prefix=held(d0=9)(workers))
+    assert (made.prefill, made.decode.worker_id, made.local_tokens) == (None, "d0", 6)
+
+
 def test_a_prompt_that_the_decode_worker_holds_most_of() -> None:
     workers = [prefiller(0), decoder()]
     made = route(*workers, prefix=held(d0=7, p0=2)(workers))
