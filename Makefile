@@ -26,7 +26,7 @@ test: $(VENV)/.dev  ## Run all tests (CPU)
 	@echo "[test] all tests; those with the real cluster take a few minutes"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-test-slow: $(VENV)/.dev  ## Run the tests that take minutes each: kills under load; routers, ranks, pools, pods and nodes that come and go
+test-slow: $(VENV)/.dev  ## Run the tests that take minutes each: routers, ranks, pools, pods and nodes that come and go
 	@$(BIN)/pdserve model fetch demo
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 

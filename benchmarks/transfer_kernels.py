@@ -56,8 +56,8 @@ def kind_of(name: str) -> str:
 
 def engine_stream(kernels: Sequence[Kernel]) -> int | None:
     """The stream of most kernels; None if there are none."""
-    counts = Counter(kernel.stream for kernel in kernels)
-    return max(counts, key=lambda stream: counts[stream], default=None)
+    most = Counter(kernel.stream for kernel in kernels).most_common(1)
+    return most[0][0] if most else None
 
 
 def prompts_of(kernels: Sequence[Kernel]) -> list[list[Kernel]]:

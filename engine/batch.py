@@ -31,8 +31,8 @@ class LayerHook:
     note: bytes = b""
     """From which each other rank makes its own on_layer (`Follower.make_hook`); empty: they have none for this step."""
     layers: Container[int] | None = None
-    """Those that on_layer hears of; None: all. Each one that somebody waits for holds a recorded step up by 20 to 45 µs
-    (benchmarks/RESULTS.md)."""
+    """Those that on_layer hears of; None: all. Each one that somebody waits for holds a recorded step up, by 25 µs on
+    average (benchmarks/RESULTS.md)."""
 
     def listener(self, layer: int) -> OnLayer | None:
         """Who is to hear of this layer."""

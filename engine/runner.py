@@ -16,7 +16,7 @@ import torch
 
 from engine.api import GenerateRequest, SamplingParams
 from engine.attention import make_attention
-from engine.batch import LayerHook, OnLayer, ScheduledSequence, StepPlan, StepResult
+from engine.batch import LayerHook, ScheduledSequence, StepPlan, StepResult
 from engine.batch_builder import BatchBuilder
 from engine.config import CacheOptions, EngineOptions, ModelOptions
 from engine.dummy_weights import dummy_weights
@@ -117,9 +117,9 @@ class ModelRunner:
             self.kv_cache = self._make_cache(parallel.least(self._count_blocks(cache), "num_blocks"))
         self._attention = make_attention(options.attention, self.kv_cache, self._num_heads)
 
-    def run(self, plan: StepPlan, on_layer: OnLayer | None = None) -> StepResult:
+    def run(self, plan: StepPlan) -> StepResult:
         """Compute a step and wait for it."""
-        return self.launch(plan, LayerHook(on_layer)).result()
+        return self.launch(plan).result()
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, hook: LayerHook | None = None) -> LaunchedStep:

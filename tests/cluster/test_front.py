@@ -137,9 +137,9 @@ def test_a_worker_that_is_back_in_the_decode_pool_in_time_moves_nothing(tmp_path
     async def main() -> None:
         async with Scene(tmp_path, MemoryStore()) as scene:
             await scene.list_another()
-            await scene.front.set_role("prefill", 10.0, 0.5)
+            await scene.front.set_role("prefill", 10.0, 0.2)
             await scene.front.set_role("decode", 10.0)
-            await asyncio.sleep(0.8)
+            await asyncio.sleep(0.4)
             assert "hand_back" not in scene.log
             assert await scene.listed() == [("decode", "decode")]
 
@@ -169,7 +169,7 @@ def test_a_front_that_leaves_gives_everybody_who_asks_the_same_answer(tmp_path):
     async def main() -> None:
         async with Scene(tmp_path, MemoryStore(), num_running=1) as scene:
             await scene.list_another()
-            first = asyncio.create_task(scene.front.leave(10.0, 1.0))
+            first = asyncio.create_task(scene.front.leave(10.0, 0.3))
             await scene.until(lambda: scene.front.state is FrontState.DRAINING)
             with pytest.raises(ValueError, match="is DRAINING: its role changes no more"):
                 await scene.front.set_role("prefill", 10.0)

@@ -261,7 +261,8 @@ def test_sigterm_drains_a_worker_and_what_it_generates_goes_on_elsewhere(cluster
         begun = [asyncio.Event() for _ in prompts]
         requests = [request_of(prompt, max_tokens=650) for prompt in prompts]
         asked = [asyncio.create_task(ask(stub, *each)) for each in zip(requests, begun, strict=True)]
-        await asyncio.gather(*(event.wait() for event in begun))
+        async with asyncio.timeout(RECOVERY_S):
+            await asyncio.gather(*(event.wait() for event in begun))
         for process in processes:
             process.send_signal(signal.SIGTERM)
         for prompt, answer in zip(prompts, await asyncio.gather(*asked), strict=True):

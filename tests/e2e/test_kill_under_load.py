@@ -27,7 +27,7 @@ from tests.e2e.test_mini_cluster import prompt_of, request_of
 from tests.mini_cluster import Answer
 from tests.router.harness import Refusal
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = pytest.mark.cluster
 
 NUM_STREAMS = 16
 NUM_REQUESTS = 32

@@ -101,7 +101,6 @@ def test_the_demo_model_alone_and_mixed(demo_judge, chunk):
             demo_judge.check(prompt, answer)
 
 
-@pytest.mark.slow
 def test_the_demo_model_split_with_a_long_prompt(demo_judge, tmp_path):
     path = demo_source().path
     with (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 
 from engine.api import GenerateRequest, SamplingParams
-from engine.batch import LayerHook, OnLayer, SampledToken, StepPlan, StepResult
+from engine.batch import LayerHook, SampledToken, StepPlan, StepResult
 from engine.block_pool import BlockPool
 from engine.scheduler import Scheduler
 from engine.sequence import PENDING, Sequence
@@ -26,8 +26,8 @@ class ToyRunner:
         self.memory: list[tuple[int, int] | None] = [None] * (num_blocks * block_size)
         self.fail_next = False
 
-    def run(self, plan: StepPlan, on_layer: OnLayer | None = None) -> StepResult:
-        return self.launch(plan, LayerHook(on_layer)).result()
+    def run(self, plan: StepPlan) -> StepResult:
+        return self.launch(plan).result()
 
     def launch(self, plan: StepPlan, hook: LayerHook | None = None) -> Done:
         on_layer = hook.on_layer if hook is not None else None

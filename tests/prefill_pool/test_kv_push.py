@@ -28,13 +28,6 @@ class Outlet:
         assert slot_ids is SLOTS
         self.pushed.append((first_layer, num_layers, first_token, after))
 
-    def finish(self, first: Any) -> None: ...
-
-    def abort(self, reason: str) -> None: ...
-
-    def must_pause(self, on_room: Any) -> bool:
-        return False
-
 
 @pytest.mark.parametrize(
     ("at_once", "pushed"),

@@ -58,7 +58,7 @@ def test_full_line_refuses_at_once(model: Path) -> None:
             await eventually(lambda: made.app.stats().queued == 2)
             started = time.monotonic()
             refusal = await made.refused(ask("r9"))
-            assert time.monotonic() - started < 1.0
+            assert time.monotonic() - started < 0.25
             assert refusal.code is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert "the limit is 2" in refusal.message
             assert refusal.retry_after_s is not None

@@ -124,7 +124,7 @@ def test_every_end_in_every_phase_leaves_nothing(model: Path, phase: str, behavi
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
                     await rest_of(events, answer)
                 assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-                assert 0.15 < time.monotonic() - started < 5 * 0.2
+                assert 0.15 < time.monotonic() - started < 0.7
             await made.idle()
             if phase in ("prefill", "decode"):
                 await aborted_on_both_sides(made, "r1")
@@ -145,7 +145,7 @@ def test_deadline_bounds_a_worker_that_never_answers(model: Path) -> None:
             refusal = await made.refused(request)
             assert refusal.code is grpc.StatusCode.DEADLINE_EXCEEDED
             assert "0.3 s; it waited for the first token of worker p0/1" in refusal.message
-            assert 0.3 <= time.monotonic() - started < 5 * 0.3
+            assert 0.3 <= time.monotonic() - started < 0.8
             await aborted_on_both_sides(made, "r1")
 
     run(scenario())
